@@ -1,0 +1,217 @@
+"""Noise schedules, DDIM, its inverse, and sampling: the mathematics of the paper, and nothing else.
+
+    xhat = Denoiser(net, Cosine(), "v")
+    x = sample(xhat, noise, steps=8)           # (B, C, H, W) -> (B, C, H, W), 8 network evaluations
+
+Notation, the same in every file (the paper's, section 3):
+    t, t1, t2    times t > t' > t'' in [0, 1]: 1 is noise, 0 is data. A float, or a tensor (B,): one time per image
+    z, z1, z2    noisy images z_t, z_t', z_t'' (B, C, H, W)
+    x, x1, x2    clean images: the data x; the model's x' = x̂(z_t); the target x''
+    a, s         α_t and σ_t: z_t = α_t x + σ_t ε with α_t² + σ_t² = 1
+    y            class indices (B,), or None; w is the guidance weight
+"""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+# ---- noise schedules ----------------------------------------------------------------------------
+
+
+class Schedule:
+    """α_t and σ_t for t in [0, 1], and the times at which N DDIM steps look at the network."""
+
+    def alpha(self, t):
+        """α_t of a float64 tensor t, in [0, 1]."""
+        raise NotImplementedError
+
+    def __call__(self, t):
+        """(α_t, σ_t) that multiply images: scalars for one time, (B, 1, 1, 1) for a time per image.
+
+        Computed in float64, because near t = 0 and 1 one of the two is a small difference; the result
+        has the precision of t (a float counts as float64, which as a scalar leaves images as they are).
+        """
+        t = torch.as_tensor(t, dtype=None if torch.is_tensor(t) else torch.float64)
+        a = self.alpha(t.double()).clamp(0, 1)
+        s = (1 - a * a).sqrt()
+        shape = (-1, 1, 1, 1) if t.ndim else ()
+        return a.to(t.dtype).reshape(shape), s.to(t.dtype).reshape(shape)
+
+    def log_snr(self, t):
+        """λ_t = log(α_t² / σ_t²) (Algorithms 1 and 2), kept within ±20 so that it is finite at t = 0 and 1."""
+        a, s = self(t)
+        return (2 * (a.log() - s.log())).clamp(-20, 20)
+
+    def times(self, steps):
+        """The N + 1 times of N DDIM steps, from noise to data: N equal intervals, t_i = i / N, i = N … 0."""
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        return [i / steps for i in range(steps, -1, -1)]
+
+
+class Cosine(Schedule):
+    """α_t = cos(π t / 2): the continuous schedule of our own v-prediction models (Salimans & Ho 2022)."""
+
+    def alpha(self, t):
+        return torch.cos(math.pi / 2 * t)
+
+    def __call__(self, t):
+        # sin instead of √(1 − cos²): exact near t = 0, where the square root would lose half the digits.
+        a, _ = super().__call__(t)
+        t = torch.as_tensor(t, dtype=None if torch.is_tensor(t) else torch.float64)
+        return a, torch.sin(math.pi / 2 * t.double()).to(t.dtype).reshape(a.shape)
+
+
+class LDMDiscrete(Schedule):
+    """The 1000 discrete steps of the LDM checkpoints: time t is step round(1000 t), at most 999.
+
+    β runs from 0.0015 to 0.0195, linearly in √β (CompVis calls this one "linear"); α_t² = Π (1 − β).
+    """
+
+    length = 1000
+
+    def __init__(self):
+        betas = np.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, self.length) ** 2
+        # The original keeps this table in float32, and its samples depend on those digits.
+        self.alpha2 = torch.from_numpy(np.cumprod(1 - betas).astype(np.float32).astype(np.float64))
+
+    def alpha(self, t):
+        index = (self.length * t).round().long().clamp(0, self.length - 1)
+        return self.alpha2.to(t.device)[index].sqrt()
+
+    def times(self, steps):
+        """LDM's own rule where N divides 1000 (steps 1, 1 + c, 1 + 2c … with c = 1000 / N), rounded down elsewhere.
+
+        It ends on step 0, whose α is not quite 1: LDM's samples keep that trace of noise, and so do ours.
+        """
+        if not 1 <= steps < self.length:
+            raise ValueError(f"steps must be between 1 and {self.length - 1} with this schedule, got {steps}")
+        return [(self.length * (i - 1) // steps + 1) / self.length for i in range(steps, 0, -1)] + [0.0]
+
+
+SCHEDULES = {"cosine": Cosine, "ldm": LDMDiscrete}
+
+
+def truncated_snr(log_snr):
+    """w(λ) = max(exp(λ), 1): the truncated signal-to-noise weight (section 4.1; Salimans & Ho 2022)."""
+    return log_snr.exp().clamp(min=1)
+
+
+# ---- what the network predicts --------------------------------------------------------------------
+
+
+def to_x(kind, out, z, a, s):
+    """The clean image that a network's output stands for. kind: "v" (= α ε − σ x), "eps" or "x"."""
+    if kind == "v":
+        return a * z - s * out
+    if kind == "eps":
+        return (z - s * out) / a
+    if kind == "x":
+        return out
+    raise ValueError(f"unknown prediction {kind!r}: v, eps or x")
+
+
+def to_eps(x, z, a, s):
+    """The noise ε in z when x is its clean image. Infinite at σ = 0, where z has none."""
+    return (z - a * x) / s
+
+
+def to_v(x, z, a, s):
+    """v = α ε − σ x of the same pair; with α² + σ² = 1 that is (α z − x) / σ."""
+    return (a * z - x) / s
+
+
+class Denoiser:
+    """x̂_θ(z_t): a network together with its schedule and what it predicts.
+
+    net        net(z, t, y) -> (B, C, H, W); y only if the network has classes
+    schedule   a Schedule;  kind  "v", "eps" or "x"
+    null       the class index that means "no class", needed for guidance
+    """
+
+    def __init__(self, net, schedule, kind="v", null=None):
+        self.net, self.schedule, self.kind, self.null = net, schedule, kind, null
+
+    def output(self, z, t, y=None, w=1.0):
+        """The network's own output; with w ≠ 1 guided (Ho & Salimans 2022): null + w (class − null), as one doubled batch."""
+        if y is None:
+            return self.net(z, t)
+        if w == 1.0:
+            return self.net(z, t, y)
+        if self.null is None:
+            raise ValueError("guidance needs a model with a null class")
+        t = torch.as_tensor(t, device=z.device)
+        both = self.net(torch.cat([z, z]), torch.cat([t, t]) if t.ndim else t, torch.cat([torch.full_like(y, self.null), y]))
+        without, with_class = both.chunk(2)
+        return without + w * (with_class - without)
+
+    def __call__(self, z, t, y=None, w=1.0):
+        """The predicted clean image (B, C, H, W), not clipped: the paper's algorithms do not clip."""
+        a, s = self.schedule(t)
+        return to_x(self.kind, self.output(z, t, y, w), z, a, s)
+
+
+# ---- DDIM -------------------------------------------------------------------------------------------
+
+
+def ddim_step(schedule, z, x, t, t1):
+    """One DDIM step z_t -> z_t', given the clean image x that was predicted at t (Algorithms 1 and 2).
+
+        z_t' = α_t' x + (σ_t' / σ_t) (z_t − α_t x)
+    """
+    (a, s), (a1, s1) = schedule(t), schedule(t1)
+    return a1 * x + _ratio(s1, s) * (z - a * x)
+
+
+def ddim_inverse(schedule, z, z1, t, t1):
+    """The x that a single step from z_t to z_t' must have used: `ddim_step` solved for x (Algorithms 1 and 2).
+
+        x = (z_t' − (σ_t' / σ_t) z_t) / (α_t' − (σ_t' / σ_t) α_t)            defined for t' < t
+    """
+    (a, s), (a1, s1) = schedule(t), schedule(t1)
+    r = _ratio(s1, s)
+    return (z1 - r * z) / (a1 - r * a)
+
+
+def _ratio(s1, s):
+    """σ_t' / σ_t, where a step from t = 0 to t' = 0 has nothing to do: 0 / 0 counts as 0."""
+    return s1 / s.clamp(min=1e-12)
+
+
+@torch.no_grad()
+def ddim_target(xhat, z, x1, t, t1, t2, **cond):
+    """Two small steps t -> t' -> t'' and the x'' with which one big step would land there too (Algorithm 2).
+
+    z (B, C, H, W) at t; x1 = x̂(z_t), already evaluated; `xhat` makes the second prediction, with `cond`
+    (y, w) as its condition. Returns x'' and z_t'', both without gradient: x'' is the target that x' is
+    pulled to, and z_t'' is where the next pair of steps begins.
+    """
+    schedule = xhat.schedule
+    z1 = ddim_step(schedule, z, x1, t, t1)
+    z2 = ddim_step(schedule, z1, xhat(z1, t1, **cond), t1, t2)
+    return ddim_inverse(schedule, z, z2, t, t2), z2
+
+
+# ---- sampling -----------------------------------------------------------------------------------------
+
+
+def noise(seed, indices, shape):
+    """Start noise z_1 ~ N(0, I) for images number `indices`: (len(indices), *shape), float32, on the CPU.
+
+    Image i of a seed is the same in any batch, on any device and on any number of processes.
+    """
+    draws = [np.random.default_rng([seed, i]).standard_normal(shape, dtype=np.float32) for i in indices]
+    return torch.from_numpy(np.stack(draws))
+
+
+@torch.no_grad()
+def sample(xhat, z, steps, y=None, w=1.0):
+    """Deterministic DDIM from noise z (B, C, H, W) in exactly `steps` network evaluations. Returns x (B, C, H, W).
+
+    The same z gives the same picture, and nearly the same one for other step counts. `noise` makes z from a seed.
+    """
+    for t, t1 in pairwise(xhat.schedule.times(steps)):
+        z = ddim_step(xhat.schedule, z, xhat(z, t, y, w), t, t1)
+    return z

@@ -1,0 +1,328 @@
+"""The UNet, and the files its weights are kept in.
+
+    net = UNet(UNetConfig(channels=64, mult=(1, 2, 2), attention=(4,)))
+    out = net(z, t)            # z (B, 3, H, W), t in [0, 1]: a float or (B,)  ->  (B, 3, H, W)
+
+One class serves every model of this project: the small pixel models of train.py and the three latent
+models of LDM (Rombach et al. 2022) differ only in their config. The network is that of
+guided-diffusion (Dhariwal & Nichol 2021): a path down of residual blocks, a middle, a path up that
+sees the path down again through skip connections, with attention at the coarse resolutions.
+
+        z ─ conv ─ [res (attn)]×blocks ─ halve ─ … ─ res attn res ─ … ─ double ─ [res (attn)]×(blocks+1) ─ out
+                        └────────────────── skip connections ──────────────────────┘
+
+What the network predicts (v, ε or x) and its noise schedule are not its business: see ddim.py.
+"""
+
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Everything that decides the shape of the weights. `attention` holds downsampling factors, not sizes."""
+
+    channels: int = 64                      # width at full resolution
+    mult: tuple[int, ...] = (1, 2, 2)       # width of each level, in units of `channels`
+    blocks: int = 2                         # residual blocks per level on the way down, one more going up
+    attention: tuple[int, ...] = (2, 4)     # attend where the image is this many times smaller
+    head_channels: int = 32                 # channels per attention head; 0: `heads` heads at every level
+    heads: int = 1
+    groups: int = 32                        # of GroupNorm; with one channel a group it would erase the time signal
+    dropout: float = 0.0
+    classes: int = 0                        # > 0: label embedding, with index `classes` as the null class
+    context_dim: int = 0                    # > 0: transformer blocks that cross-attend to a context
+    in_channels: int = 3                    # image or latent channels, in and out
+
+    def __post_init__(self):
+        for name in ("mult", "attention"):  # lists, as they come from JSON or the command line, will do
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.channels % self.groups or self.channels % (self.head_channels or self.heads):
+            raise ValueError(f"channels = {self.channels} must be a multiple of groups = {self.groups} "
+                             f"and of head_channels = {self.head_channels or self.heads}")
+
+
+# The networks of train.py's presets, by name; parameters counted with `param_count`. The paper does
+# not give the size of its 64x64 models: `unet64` is a common size for that resolution.
+CONFIGS = {
+    "toy": dict(channels=32, mult=(1, 2, 3), blocks=1, attention=(4,), groups=8),
+    "small32": dict(channels=64, mult=(1, 2, 2), blocks=2, attention=(2, 4)),
+    "unet64": dict(channels=128, mult=(1, 2, 2, 2), blocks=2, attention=(4, 8), head_channels=64, dropout=0.1),
+}
+
+
+def time_embedding(t, dim):
+    """Sinusoidal embedding of t in [0, 1] -> (B, dim); cosines first, as guided-diffusion has it.
+
+    The frequencies were made for timesteps 0 … 1000, so t is scaled to that range: LDM's step i is t = i / 1000.
+    """
+    half = dim // 2
+    freqs = torch.exp(torch.arange(half, device=t.device, dtype=t.dtype) * (-math.log(10000) / half))
+    angle = 1000 * t[:, None] * freqs
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def zero(layer):
+    """Start a residual branch at zero, so that a block is the identity at first (section 'zero_module' of guided-diffusion)."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+class ResBlock(nn.Module):
+    """h + conv(norm(conv(norm(h)) + time)): the workhorse. (B, Cin, H, W) -> (B, Cout, H, W)."""
+
+    def __init__(self, c, cin, cout):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(c.groups, cin)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.emb = nn.Linear(4 * c.channels, cout)
+        self.norm2 = nn.GroupNorm(c.groups, cout)
+        self.dropout = nn.Dropout(c.dropout)
+        self.conv2 = zero(nn.Conv2d(cout, cout, 3, padding=1))
+        self.skip = nn.Identity() if cin == cout else nn.Conv2d(cin, cout, 1)
+
+    def forward(self, h, emb):
+        """emb (B, 4 · channels): the time (and class) embedding, already through its SiLU."""
+        r = self.conv1(F.silu(self.norm1(h)))
+        r = r + self.emb(emb)[:, :, None, None]
+        r = self.conv2(self.dropout(F.silu(self.norm2(r))))
+        return self.skip(h) + r
+
+
+def attend(q, k, v):
+    """softmax(q kᵀ / √d) v over tokens. q (B, T, heads, d), k and v (B, S, heads, d) -> (B, T, heads · d)."""
+    q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # (B, heads, T, d)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Every pixel looks at every other: h + proj(attention(norm(h))). Keeps the shape (B, C, H, W)."""
+
+    def __init__(self, c, ch):
+        super().__init__()
+        self.heads = ch // c.head_channels if c.head_channels else c.heads
+        self.norm = nn.GroupNorm(c.groups, ch)
+        self.qkv = nn.Linear(ch, 3 * ch)
+        self.proj = zero(nn.Linear(ch, ch))
+
+    def forward(self, h, context=None):
+        x = self.norm(h).flatten(2).transpose(1, 2)               # (B, HW, C): tokens
+        qkv = self.qkv(x).unflatten(2, (self.heads, 3, -1))       # grouped by head first, as in the LDM files
+        x = self.proj(attend(*qkv.unbind(3)))
+        return h + x.transpose(1, 2).reshape(h.shape)
+
+
+class CrossAttention(nn.Module):
+    """Attention of the tokens x (B, T, C) to a context (B, S, D), or to themselves when it is None."""
+
+    def __init__(self, c, ch, context_dim):
+        super().__init__()
+        self.heads = ch // c.head_channels if c.head_channels else c.heads
+        self.q = nn.Linear(ch, ch, bias=False)
+        self.k = nn.Linear(context_dim, ch, bias=False)
+        self.v = nn.Linear(context_dim, ch, bias=False)
+        self.out = nn.Linear(ch, ch)
+
+    def forward(self, x, context=None):
+        context = x if context is None else context
+        q, k, v = (a.unflatten(2, (self.heads, -1)) for a in (self.q(x), self.k(context), self.v(context)))
+        return self.out(attend(q, k, v))
+
+
+class GEGLU(nn.Module):
+    """Feed-forward block of the transformer: the first half of the hidden units, gated by the second."""
+
+    def __init__(self, ch):
+        super().__init__()
+        self.up = nn.Linear(ch, 8 * ch)
+        self.down = nn.Linear(4 * ch, ch)
+
+    def forward(self, x):
+        value, gate = self.up(x).chunk(2, dim=-1)
+        return self.down(value * F.gelu(gate))
+
+
+class Transformer(nn.Module):
+    """LDM's SpatialTransformer of depth 1: self-attention, attention to the context, feed-forward. Keeps the shape."""
+
+    def __init__(self, c, ch):
+        super().__init__()
+        self.norm = nn.GroupNorm(c.groups, ch, eps=1e-6)          # this one norm has another epsilon in LDM
+        self.proj_in = nn.Linear(ch, ch)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(ch) for _ in range(3))
+        self.attn1 = CrossAttention(c, ch, ch)
+        self.attn2 = CrossAttention(c, ch, c.context_dim)
+        self.ff = GEGLU(ch)
+        self.proj_out = zero(nn.Linear(ch, ch))
+
+    def forward(self, h, context):
+        x = self.proj_in(self.norm(h).flatten(2).transpose(1, 2))  # (B, HW, C)
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.ff(self.norm3(x))
+        return h + self.proj_out(x).transpose(1, 2).reshape(h.shape)
+
+
+class Downsample(nn.Conv2d):
+    """Halve the image by a strided convolution."""
+
+    def __init__(self, ch):
+        super().__init__(ch, ch, 3, stride=2, padding=1)
+
+
+class Upsample(nn.Conv2d):
+    """Double the image: nearest neighbour, then a convolution that smooths it."""
+
+    def __init__(self, ch):
+        super().__init__(ch, ch, 3, padding=1)
+
+    def forward(self, h):
+        return super().forward(F.interpolate(h, scale_factor=2, mode="nearest"))
+
+
+class Stage(nn.Module):
+    """One station of the path: a residual block, attention, resampling; each may be missing."""
+
+    def __init__(self, res=None, attn=None, resample=None):
+        super().__init__()
+        self.res, self.attn, self.resample = res, attn, resample
+
+    def forward(self, h, emb, context):
+        h = h if self.res is None else self.res(h, emb)
+        h = h if self.attn is None else self.attn(h, context)
+        return h if self.resample is None else self.resample(h)
+
+
+class UNet(nn.Module):
+    """The network. Stages are numbered as guided-diffusion numbers its input_blocks and output_blocks."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        width = 4 * c.channels
+        self.time_in, self.time_out = nn.Linear(c.channels, width), nn.Linear(width, width)
+        self.label = nn.Embedding(c.classes + 1, width) if c.classes else None
+
+        def attention(ch, factor):
+            if factor not in c.attention:
+                return None
+            return Transformer(c, ch) if c.context_dim else SelfAttention(c, ch)
+
+        ch, factor = c.channels, 1
+        self.down = nn.ModuleList([Stage(resample=nn.Conv2d(c.in_channels, ch, 3, padding=1))])
+        skips = [ch]                                  # channels of everything the way up will see again
+        for level, mult in enumerate(c.mult):
+            for _ in range(c.blocks):
+                res, ch = ResBlock(c, ch, mult * c.channels), mult * c.channels
+                self.down.append(Stage(res, attention(ch, factor)))
+                skips.append(ch)
+            if level < len(c.mult) - 1:
+                self.down.append(Stage(resample=Downsample(ch)))
+                skips.append(ch)
+                factor *= 2
+
+        middle = Transformer(c, ch) if c.context_dim else SelfAttention(c, ch)   # always attends
+        self.mid = nn.ModuleList([Stage(ResBlock(c, ch, ch), middle), Stage(ResBlock(c, ch, ch))])
+
+        self.up = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(c.mult))):
+            for i in range(c.blocks + 1):
+                res, ch = ResBlock(c, ch + skips.pop(), mult * c.channels), mult * c.channels
+                last = i == c.blocks and level > 0
+                self.up.append(Stage(res, attention(ch, factor), Upsample(ch) if last else None))
+            factor //= 2
+
+        self.norm = nn.GroupNorm(c.groups, ch)
+        self.out = zero(nn.Conv2d(ch, c.in_channels, 3, padding=1))
+
+    def forward(self, z, t, y=None, context=None):
+        """z (B, C, H, W); t in [0, 1], float or (B,); y (B,) class indices; context (B, S, context_dim).
+
+        Returns (B, C, H, W) in the dtype of the weights, also under autocast: the difference between two
+        neighbouring predictions is what self-distillation learns from, and bfloat16 would round it away.
+        H and W must be divisible by 2^(levels - 1). y is needed exactly if the config has classes.
+        """
+        side = 2 ** (len(self.config.mult) - 1)
+        if z.shape[2] % side or z.shape[3] % side:
+            raise ValueError(f"image size {tuple(z.shape[2:])} is not divisible by {side}, as this UNet needs")
+        if (y is None) == (self.config.classes > 0):
+            raise ValueError("this UNet needs class labels y" if y is None else "this UNet has no classes, but got y")
+        dtype = self.out.weight.dtype
+        t = torch.as_tensor(t, dtype=dtype, device=z.device).expand(len(z))
+        emb = self.time_out(F.silu(self.time_in(time_embedding(t, self.config.channels))))
+        if y is not None:
+            emb = emb + self.label(y)
+        emb = F.silu(emb)                             # every ResBlock begins with this SiLU: do it once
+
+        h, skips = z, []
+        for stage in self.down:
+            h = stage(h, emb, context)
+            skips.append(h)
+        for stage in self.mid:
+            h = stage(h, emb, context)
+        for stage in self.up:
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb, context)
+        h = F.silu(self.norm(h))
+        with torch.autocast(z.device.type, enabled=False):
+            return self.out(h.to(dtype))
+
+
+def param_count(net):
+    """Number of weights."""
+    return sum(p.numel() for p in net.parameters())
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+class CheckpointError(SystemExit):
+    """A checkpoint that can't be used. A SystemExit: uncaught, its one-line message is all the user sees."""
+
+
+def save_checkpoint(path, state):
+    """Write a dict of tensors and plain values, so that `path` always holds a whole file, old or new."""
+    path = Path(path)
+    tmp = path.with_name(path.name + ".tmp")
+    with open(tmp, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())        # on the disk before the name is, or a power cut could leave an empty file
+    os.replace(tmp, path)
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read what `save_checkpoint` wrote, without running code from the file. Raises CheckpointError."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"error: no checkpoint at {path}; make one with: python train.py --distill 0.15") from None
+    except Exception as e:  # torch raises half a dozen types here, all meaning the same to a user
+        raise CheckpointError(f"error: {path} is no readable checkpoint ({str(e).splitlines()[0][:120]})") from None
+    if not isinstance(state, dict) or not {"config", "weights", "ema"} <= state.keys():
+        raise CheckpointError(f"error: {path} is not a checkpoint of this project")
+    return state
+
+
+def load_model(path, device="cpu", ema=True):
+    """The network of a checkpoint, ready to sample: (net, state). `ema=False`: the raw weights instead of their average."""
+    state = load_checkpoint(path, device)
+    known = {f.name for f in fields(UNetConfig)}
+    if not state["config"].keys() <= known:
+        raise CheckpointError(f"error: {path}: unknown model settings {sorted(state['config'].keys() - known)}")
+    net = UNet(UNetConfig(**state["config"])).to(device, memory_format=torch.channels_last)
+    try:
+        net.load_state_dict(state["ema" if ema else "weights"])
+    except RuntimeError as e:
+        raise CheckpointError(f"error: {path}: its weights do not fit its own config ({str(e).splitlines()[1].strip()})") from None
+    return net.eval().requires_grad_(False), state
+
+
+def config_dict(config):
+    """A config as plain values, for a checkpoint."""
+    return asdict(config)
