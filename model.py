@@ -43,9 +43,12 @@ class UNetConfig:
     def __post_init__(self):
         for name in ("mult", "attention"):  # lists, as they come from JSON or the command line, will do
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.channels % self.groups or self.channels % (self.head_channels or self.heads):
-            raise ValueError(f"channels = {self.channels} must be a multiple of groups = {self.groups} "
-                             f"and of head_channels = {self.head_channels or self.heads}")
+        if self.channels % self.groups:
+            raise ValueError(f"channels = {self.channels} must be a multiple of groups = {self.groups}")
+        attending = {m * self.channels for i, m in enumerate(self.mult) if 2 ** i in self.attention}
+        for width in attending | {self.mult[-1] * self.channels}:            # the middle always attends
+            if width % (self.head_channels or self.heads):
+                raise ValueError(f"{width} channels do not divide into heads of {self.head_channels or self.heads}")
 
 
 # The networks of train.py's presets, by name; parameters counted with `param_count`. The paper does
