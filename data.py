@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 VERSION = 1     # of the packing: a change to what is drawn or how it is resized must raise it
@@ -43,18 +43,19 @@ BUILTIN_COUNT = 20_000
 def draw_picture(index, size, seed=0):
     """Picture number `index` of the built-in data: (H, W, 3) uint8; its class is index % 10, in the order of SHAPES.
 
-    A shape of random colour, place, size and tilt on a two-coloured gradient. Each kind has parts that
-    must fit together (a face has two eyes, a star five equal points), so that bad samples look bad.
+    A shape of random colour, place, size and tilt on a pale two-coloured gradient. Each kind has parts
+    that must fit together (a face has two eyes, a star five equal points), so that bad samples look bad.
     """
     rng = np.random.default_rng([seed, index])
     big = 4 * size                                            # drawn large, then shrunk: smooth edges
     hue = rng.random()
     fore, part, top, bottom = (_colour(rng, h) for h in (hue, hue + 0.17, hue + 0.42, hue + 0.58))
+    top, bottom = (0.5 * c + 110 for c in (top, bottom))      # pale: the shape stands out
     ramp = np.linspace(0, 1, big)[:, None, None]
     image = Image.fromarray(np.uint8(np.broadcast_to(ramp * bottom + (1 - ramp) * top, (big, big, 3))))
-    r = big * rng.uniform(0.26, 0.38)
+    r = big * rng.uniform(0.33, 0.42)
     centre = complex(*rng.uniform(r * 1.05, big - r * 1.05, 2))
-    pen = _Pen(ImageDraw.Draw(image), centre, r, rng.uniform(-0.25, 0.25))
+    pen = _Pen(ImageDraw.Draw(image), centre, r, rng.uniform(-0.2, 0.2))
     _DRAW[SHAPES[index % len(SHAPES)]](pen, tuple(np.uint8(fore).tolist()), tuple(np.uint8(part).tolist()))
     return np.asarray(image.resize((size, size), Image.Resampling.BOX))
 
@@ -467,19 +468,36 @@ def to_pixels(x):
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_grid(x, path, columns, scale=None, gap=1):
-    """Write images (N, 3, H, W) in [-1, 1] as one PNG, row by row; small ones enlarged, so that one can see them."""
+def save_grid(x, path, columns, labels=(), gap=1):
+    """Write images (N, 3, H, W) in [-1, 1] as one PNG, row by row; small ones enlarged, so that one can see them.
+
+    labels  a short text for each row, written to its left
+    """
     pixels = to_pixels(x)
     n, side = len(pixels), pixels.shape[1]
-    scale = scale or max(1, 64 // side)
+    scale = max(1, 64 // side)
     rows = -(-n // columns)
     grid = np.full((rows * (side + gap) - gap, columns * (side + gap) - gap, 3), 255, np.uint8)
     for i, image in enumerate(pixels):
         top, left = i // columns * (side + gap), i % columns * (side + gap)
         grid[top:top + side, left:left + side] = image
     image = Image.fromarray(grid).resize((grid.shape[1] * scale, grid.shape[0] * scale), Image.Resampling.NEAREST)
+    if labels:
+        image = _label_rows(image, labels, (side + gap) * scale, side * scale)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
     image.save(tmp, "PNG")
     os.replace(tmp, path)                                     # a viewer that reloads never sees half a picture
+
+
+def _label_rows(image, labels, pitch, height):
+    """The image with a white margin on its left, one text in the middle of each row's `height`."""
+    font = ImageFont.load_default(14)
+    margin = 12 + round(max(font.getlength(text) for text in labels))
+    wide = Image.new("RGB", (image.width + margin, image.height), "white")
+    wide.paste(image, (margin, 0))
+    pen = ImageDraw.Draw(wide)
+    for row, text in enumerate(labels):
+        pen.text((margin - 6, row * pitch + height / 2), text, "black", font, anchor="rm")
+    return wide

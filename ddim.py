@@ -134,6 +134,11 @@ class Denoiser:
     def __init__(self, net, schedule, kind="v", null=None):
         self.net, self.schedule, self.kind, self.null = net, schedule, kind, null
 
+    @classmethod
+    def of(cls, net, state):
+        """The denoiser of a checkpoint, as `model.load_model` returns it: (net, state)."""
+        return cls(net, SCHEDULES[state["schedule"]](), state["predicts"], net.config.classes or None)
+
     def output(self, z, t, y=None, w=1.0):
         """The network's own output; with w ≠ 1 guided (Ho & Salimans 2022): null + w (class − null), as one doubled batch."""
         if y is None:
@@ -207,11 +212,14 @@ def noise(seed, indices, shape):
 
 
 @torch.no_grad()
-def sample(xhat, z, steps, y=None, w=1.0):
+def sample(xhat, z, steps, y=None, w=1.0, bar=None):
     """Deterministic DDIM from noise z (B, C, H, W) in exactly `steps` network evaluations. Returns x (B, C, H, W).
 
-    The same z gives the same picture, and nearly the same one for other step counts. `noise` makes z from a seed.
+    The same z gives the same picture, and nearly the same one for other step counts. `noise` makes z from
+    a seed. bar: a tqdm progress bar, moved on by one for each evaluation.
     """
     for t, t1 in pairwise(xhat.schedule.times(steps)):
         z = ddim_step(xhat.schedule, z, xhat(z, t, y, w), t, t1)
+        if bar is not None:
+            bar.update()
     return z

@@ -1,4 +1,4 @@
-"""The UNet, and the files its weights are kept in.
+"""The UNet, the device it runs on, and the files its weights are kept in.
 
     net = UNet(UNetConfig(channels=64, mult=(1, 2, 2), attention=(4,)))
     out = net(z, t)            # z (B, 3, H, W), t in [0, 1]: a float or (B,)  ->  (B, 3, H, W)
@@ -14,8 +14,10 @@ sees the path down again through skip connections, with attention at the coarse 
 What the network predicts (v, ε or x) and its noise schedule are not its business: see ddim.py.
 """
 
+import hashlib
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -54,7 +56,7 @@ class UNetConfig:
 # The networks of train.py's presets, by name; parameters counted with `param_count`. The paper does
 # not give the size of its 64x64 models: `unet64` is a common size for that resolution.
 CONFIGS = {
-    "toy": dict(channels=32, mult=(1, 2, 3), blocks=1, attention=(4,), groups=8),
+    "toy": dict(channels=32, mult=(1, 1, 2, 3), blocks=1, attention=(), groups=8),
     "small32": dict(channels=64, mult=(1, 2, 2), blocks=2, attention=(2, 4)),
     "unet64": dict(channels=128, mult=(1, 2, 2, 2), blocks=2, attention=(4, 8), head_channels=64, dropout=0.1),
 }
@@ -72,7 +74,7 @@ def time_embedding(t, dim):
 
 
 def zero(layer):
-    """Start a residual branch at zero, so that a block is the identity at first (section 'zero_module' of guided-diffusion)."""
+    """Start a residual branch at zero, so that a block is the identity at first (as in guided-diffusion)."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
@@ -282,6 +284,36 @@ def param_count(net):
     return sum(p.numel() for p in net.parameters())
 
 
+# ---- where it runs ------------------------------------------------------------------------------
+
+
+def pick_device(name="auto"):
+    """`--device`: a torch device; auto takes CUDA, then Apple's MPS, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        sys.exit(f"error: --device {name} can't be used here ({str(e).splitlines()[0]})")
+    if name.startswith("cuda"):
+        torch.backends.cudnn.benchmark = True                 # the shapes never change
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """`--dtype`: auto is bf16 where the hardware multiplies in it (2-3x faster on such CPUs), else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+def autocast(device, dtype):
+    """Run convolutions and matrix products in bfloat16, weights and losses staying float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+
+
 # ---- checkpoints --------------------------------------------------------------------------------
 
 class CheckpointError(SystemExit):
@@ -307,7 +339,7 @@ def load_checkpoint(path, device="cpu"):
         raise CheckpointError(f"error: no checkpoint at {path}; make one with: python train.py --distill 0.15") from None
     except Exception as e:  # torch raises half a dozen types here, all meaning the same to a user
         raise CheckpointError(f"error: {path} is no readable checkpoint ({str(e).splitlines()[0][:120]})") from None
-    if not isinstance(state, dict) or not {"config", "weights", "ema"} <= state.keys():
+    if not isinstance(state, dict) or not {"config", "weights", "ema", "schedule", "predicts", "shape"} <= state.keys():
         raise CheckpointError(f"error: {path} is not a checkpoint of this project")
     return state
 
@@ -324,6 +356,12 @@ def load_model(path, device="cpu", ema=True):
     except RuntimeError as e:
         raise CheckpointError(f"error: {path}: its weights do not fit its own config ({str(e).splitlines()[1].strip()})") from None
     return net.eval().requires_grad_(False), state
+
+
+def file_hash(path):
+    """The first 16 digits of a file's SHA-256: which checkpoint an image or a score came from."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
 def config_dict(config):

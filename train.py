@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from data import load_data, save_grid
 from ddim import SCHEDULES, Denoiser, ddim_target, noise, sample, to_x
-from model import CONFIGS, UNet, UNetConfig, config_dict, load_checkpoint, param_count, save_checkpoint
+from model import (CONFIGS, UNet, UNetConfig, autocast, config_dict, load_checkpoint, param_count, pick_device, pick_dtype,
+                   save_checkpoint)
 
 # A preset only changes the defaults of flags. Updates, learning rate and size of the three LSUN and CelebA
 # runs are the paper's (section 5.2); it is silent about batch, model, warm-up and EMA: those are ours.
@@ -85,11 +86,13 @@ def drop_labels(y, null, p=LABEL_DROPOUT):
 class Run:
     """A network in training with its average, optimiser, place in the run and files. One loop, `fit`, drives it.
 
-    args needs: out, updates, lr, warmup, betas, clip, ema, seed, dtype, log_every, save_every, sample_every
+    args needs: out, size, updates, lr, warmup, betas, clip, ema, seed, dtype, log_every, save_every, sample_every
+    classes: their names, if the network has them
     """
 
-    def __init__(self, args, net, device):
+    def __init__(self, args, net, device, classes=()):
         self.args, self.device, self.out = args, device, Path(args.out)
+        self.shape, self.classes = [net.config.in_channels, args.size, args.size], list(classes)
         self.net = net.to(device, memory_format=torch.channels_last)    # 1.3x faster on CPU and GPU than NCHW
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.model = torch.compile(self.net) if args.compile else self.net
@@ -125,6 +128,7 @@ class Run:
     def state(self):
         """Everything a run needs to go on exactly, and sample.py needs to load the model."""
         return dict(config=config_dict(self.net.config), schedule="cosine", predicts="v", step=self.step,
+                    shape=self.shape, classes=self.classes,
                     args={k: v for k, v in vars(self.args).items() if k not in ("out", "resume", "overwrite")},
                     weights=self.net.state_dict(), ema=self.ema.state_dict(), optimizer=self.opt.state_dict(),
                     rng=dict(cpu=torch.get_rng_state(),
@@ -170,7 +174,7 @@ def fit(run, losses, picture):
                 entry |= dict(lr=lr, images_per_s=round(len(pending) * a.batch / (now - since), 1))
                 log.write(json.dumps(entry) + "\n")
                 log.flush()
-                bar.set_postfix({k: f"{entry[k]:.4f}" for k in ("loss", *terms)} | {"img/s": entry["images_per_s"]})
+                bar.set_postfix({k: f"{entry[k]:.3g}" for k in ("loss", *terms)} | {"img/s": entry["images_per_s"]})
                 pending, since = [], now
             if every(a.sample_every):
                 paused = time.perf_counter()
@@ -214,34 +218,7 @@ def catch_signals():
             signal.signal(n, h)
 
 
-# ---- set-up, shared by the scripts --------------------------------------------------------------------
-
-
-def pick_device(name="auto"):
-    """`--device`: a torch device; auto takes CUDA, then Apple's MPS, then the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as e:
-        sys.exit(f"error: --device {name} can't be used here ({str(e).splitlines()[0]})")
-    if name.startswith("cuda"):
-        torch.backends.cudnn.benchmark = True                 # the shapes never change
-    return torch.device(name)
-
-
-def pick_dtype(name, device):
-    """`--dtype`: auto is bf16 where the hardware multiplies in it (2-3x faster on such CPUs), else fp32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
-
-
-def autocast(device, dtype):
-    """Run convolutions and matrix products in bfloat16, weights and losses staying float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+# ---- the folder of a run ------------------------------------------------------------------------------
 
 
 def prepare_out(args, files=("ckpt.pt", "log.jsonl", "samples-*.png")):
@@ -293,9 +270,9 @@ def sample_picture(run, count=80, columns=10):
     a, c = run.args, run.net.config
     y = torch.arange(count, device=run.device) % c.classes if c.classes else None
     xhat = Denoiser(run.ema, SCHEDULES["cosine"](), "v", null=c.classes)
-    z = noise(a.seed, range(count), (c.in_channels, a.size, a.size)).to(run.device)
+    z = noise(a.seed, range(count), run.shape).to(run.device, memory_format=torch.channels_last)
     with run.autocast():
-        x = sample(xhat, z.contiguous(memory_format=torch.channels_last), a.sample_steps, y)
+        x = sample(xhat, z, a.sample_steps, y)
     save_grid(x, run.out / f"samples-{run.step:06d}.png", columns)
 
 
@@ -399,7 +376,8 @@ def main(argv=None):
     if args.classes and not images.classes:
         sys.exit(f"error: --classes needs labels, and {args.data} has none (sub-folders name the classes)")
     torch.manual_seed(args.seed)
-    run = Run(args, UNet(make_config(args, len(images.classes) if args.classes else 0)), device)
+    classes = images.classes if args.classes else []
+    run = Run(args, UNet(make_config(args, len(classes))), device, classes)
     state = prepare_out(args)
     if state:
         run.load(state)
@@ -411,7 +389,7 @@ def main(argv=None):
 
     def losses(step):
         x, y = next(stream)
-        return training_loss(xhat, x, drop_labels(y, len(images.classes)) if args.classes else None, args.distill)
+        return training_loss(xhat, x, drop_labels(y, len(classes)) if classes else None, args.distill)
 
     fit(run, losses, sample_picture)
     print(f"done: {run.ckpt} and {run.out}/samples-{run.step:06d}.png; "

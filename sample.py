@@ -1,0 +1,232 @@
+"""Sample from a trained or distilled model: a grid that compares step counts, or many images to evaluate.
+
+    python sample.py                                            # the last model at 2, 4, 8 and 64 steps, same noise
+    python sample.py --steps 1 2 4 8 -n 16 --out few.png        # 16 columns, another file
+    python sample.py --steps 8 -n 50000 --save out/png          # PNG files 00000.png, 00001.png …
+    python sample.py --steps 8 -n 50000 --save out/8.npz        # or one file: arr_0 (N, H, W, 3) uint8
+
+Image i of a seed starts from the same noise whatever the batch, the device or -n. A --save that was
+interrupted goes on where it stopped when the same command is given again.
+"""
+
+import argparse
+import json
+import os
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from data import save_grid, to_pixels
+from ddim import Denoiser, noise, sample
+from model import autocast, file_hash, load_model, pick_device, pick_dtype
+
+# ---- one batch, one grid ------------------------------------------------------------------------------
+
+
+class Sampler:
+    """A checkpoint's model made ready to draw images by their number.
+
+    xhat     Denoiser;  shape (C, H, W) of one image
+    classes  class indices given to image 0, 1, 2 … in turn, or None for an unconditional model
+    """
+
+    def __init__(self, net, state, device, dtype, classes=None, w=1.0, seed=0):
+        self.xhat, self.shape = Denoiser.of(net, state), state["shape"]
+        self.device, self.dtype, self.classes, self.w, self.seed = device, dtype, classes, w, seed
+
+    def labels(self, indices):
+        """The classes (B,) of images number `indices`, or None."""
+        return self.classes and torch.tensor([self.classes[i % len(self.classes)] for i in indices])
+
+    def __call__(self, indices, steps, bar=None):
+        """Images number `indices` (B, C, H, W) in about [-1, 1], float32 on the device."""
+        z = noise(self.seed, indices, self.shape).to(self.device, memory_format=torch.channels_last)
+        y = self.labels(indices)
+        with autocast(self.device, self.dtype):
+            return sample(self.xhat, z, steps, y if y is None else y.to(self.device), self.w, bar)
+
+
+def draw_grid(sampler, steps, n, path):
+    """One PNG: a row for every step count, the same n noises in every row."""
+    with tqdm(total=sum(steps), desc="sampling", unit="step", dynamic_ncols=True) as bar:
+        rows = [sampler(range(n), s, bar) for s in steps]
+    save_grid(torch.cat(rows), path, columns=n, labels=[f"{s} step{'s' * (s > 1)}" for s in steps])
+
+
+# ---- many images ----------------------------------------------------------------------------------------
+
+
+class Folder:
+    """PNG files 00000.png, 00001.png … in a folder; whole files only, so that what exists counts as done."""
+
+    def __init__(self, path, n, shape, settings, overwrite):
+        self.path, self.n = path, n
+        path.mkdir(parents=True, exist_ok=True)
+        old = sorted(path.glob("[0-9]*.png"))
+        if _keep(path / "settings.json", settings, bool(old), overwrite, path):
+            done = {int(f.stem) for f in old if f.stem.isdigit()}
+        else:
+            done = set()
+            for f in old:
+                f.unlink()
+        self.todo = [i for i in range(n) if i not in done]
+
+    def write(self, pool, indices, pixels):
+        list(pool.map(self._write_one, indices, pixels))      # in threads: PIL compresses without the interpreter lock
+
+    def _write_one(self, i, pixels):
+        tmp = self.path / f"{i:05d}.tmp"
+        Image.fromarray(pixels).save(tmp, "PNG")
+        os.replace(tmp, self.path / f"{i:05d}.png")
+
+    def finish(self, labels):
+        pass
+
+
+class Npz:
+    """One npz: arr_0 (N, H, W, 3) uint8, arr_1 (N,) the classes if there are any. Until it is whole, raw pixels beside it."""
+
+    def __init__(self, path, n, shape, settings, overwrite):
+        self.path, self.n, self.image = path, n, (shape[1], shape[2], shape[0])
+        self.raw, self.note = path.with_name(path.name + ".raw"), path.with_name(path.name + ".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        settings = settings | {"n": n}
+        if not _keep(self.note, settings, path.exists() or self.raw.exists(), overwrite, path):
+            path.unlink(missing_ok=True)
+            self.raw.unlink(missing_ok=True)
+        done = n if path.exists() else 0
+        if self.raw.exists():                                 # a batch that was cut off in the middle is drawn again
+            done = self.raw.stat().st_size // np.prod(self.image)
+            os.truncate(self.raw, done * np.prod(self.image))
+        self.todo = list(range(done, n))
+
+    def write(self, pool, indices, pixels):
+        with open(self.raw, "ab") as f:
+            f.write(pixels.tobytes())
+
+    def finish(self, labels):
+        if not self.raw.exists():
+            return
+        arrays = {"arr_0": np.memmap(self.raw, np.uint8, "r", shape=(self.n, *self.image))}
+        if labels is not None:
+            arrays["arr_1"] = labels.numpy()
+        tmp = self.path.with_name(self.path.name + ".tmp")
+        with zipfile.ZipFile(tmp, "w", zipfile.ZIP_STORED, allowZip64=True) as z:
+            for name, array in arrays.items():                # written in pieces: 50,000 images need not fit in memory
+                with z.open(f"{name}.npy", "w", force_zip64=True) as f:
+                    np.lib.format.write_array(f, array)
+        os.replace(tmp, self.path)
+        self.raw.unlink()
+
+
+def _keep(note, settings, present, overwrite, path):
+    """True if what lies at `path` was made with the same settings and may be continued. Otherwise refuses, or overwrites."""
+    try:
+        old = json.loads(note.read_text())
+    except (OSError, ValueError):
+        old = None
+    if present and not overwrite and old != settings:
+        other = [k for k in settings if (old or {}).get(k) != settings[k]]
+        sys.exit(f"error: {path} holds samples made with another {', '.join(other)}; choose another --save, or --overwrite them")
+    note.write_text(json.dumps(settings, indent=1))
+    return present and not overwrite
+
+
+def save_images(sampler, steps, n, batch, target):
+    """Draw the images that `target` still misses, batch by batch. Ctrl-C leaves whole images, to be continued."""
+    done = n - len(target.todo)
+    try:
+        with (ThreadPoolExecutor(os.cpu_count()) as pool,
+              tqdm(total=n, initial=done, desc=f"{steps} steps", unit="img", dynamic_ncols=True) as bar):
+            for k in range(0, len(target.todo), batch):
+                indices = target.todo[k:k + batch]
+                target.write(pool, indices, to_pixels(sampler(indices, steps)))
+                done += len(indices)
+                bar.update(len(indices))
+    except KeyboardInterrupt:
+        print(f"stopped with {done:,} of {n:,} images in {target.path}; the same command goes on from there")
+        sys.exit(130)
+    target.finish(sampler.labels(range(n)))
+
+
+# ---- command line ---------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ckpt", default="out/train/ckpt.pt", metavar="FILE", help="checkpoint of train.py (default: %(default)s)")
+    p.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8, 64], metavar="N",
+                   help="network evaluations per image; each is a row of the grid (default: 2 4 8 64); with --save exactly one")
+    p.add_argument("-n", type=int, metavar="N", help="images: columns of the grid (default: 10), or how many to --save")
+    p.add_argument("--out", metavar="PATH", help="the grid: a .png, or a folder for grid.png (default: the checkpoint's folder)")
+    p.add_argument("--save", metavar="PATH", help="instead of a grid, write -n images: PNG files into a folder, or one .npz")
+    p.add_argument("--class", dest="classes", nargs="+", metavar="C",
+                   help="classes, by name or number, given to the images in turn (default: all of them)")
+    p.add_argument("--guidance", type=float, default=1.0, metavar="W",
+                   help="classifier-free guidance: 1 is none, larger follows the class more strictly at twice the cost (default: 1)")
+    p.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    p.add_argument("--raw", action="store_true", help="the weights themselves instead of their average (EMA)")
+    p.add_argument("--batch", type=int, default=64, help="images at a time with --save (default: 64)")
+    p.add_argument("--overwrite", action="store_true", help="replace samples that --save finds, made with other settings")
+    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps … (default: the best there is)")
+    p.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="precision of the network's insides")
+    args = p.parse_args(argv)
+    if args.save and (args.n is None or len(args.steps) != 1):
+        p.error("--save needs -n and exactly one step count: --steps 8 -n 50000 --save DIR")
+    if args.save and args.out:
+        p.error("--out is for the grid, --save for many images: give one of them")
+    if args.out and Path(args.out).suffix not in ("", ".png"):
+        p.error(f"--out {args.out}: the grid is a .png")
+    args.n = 10 if args.n is None else args.n
+    if min(args.steps) < 1 or args.n < 1 or args.batch < 1 or args.seed < 0:
+        p.error("--steps, -n and --batch must be at least 1, --seed at least 0")
+    return args
+
+
+def pick_classes(wanted, guidance, state):
+    """`--class` as class indices; all classes in turn by default, None for a model without classes. Exits if impossible."""
+    count, names = state["config"]["classes"], state["classes"]
+    if not count:
+        if wanted or guidance != 1:
+            sys.exit("error: this model was trained without --classes, so --class and --guidance have no meaning for it")
+        return None
+    numbers = {**{str(i): i for i in range(count)}, **{name: i for i, name in enumerate(names)}}
+    for c in wanted or []:
+        if c not in numbers:
+            sys.exit(f"error: no class {c!r}; this model has {', '.join(names) or f'0 … {count - 1}'}")
+    return [numbers[c] for c in wanted] if wanted else list(range(count))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = pick_device(args.device)
+    net, state = load_model(args.ckpt, device, ema=not args.raw)
+    classes = pick_classes(args.classes, args.guidance, state)
+    dtype = pick_dtype(args.dtype, device)
+    sampler = Sampler(net, state, device, dtype, classes, args.guidance, args.seed)
+    try:
+        sampler.xhat.schedule.times(max(args.steps))
+    except ValueError as e:
+        sys.exit(f"error: {e}")
+    if args.save:
+        path = Path(args.save)
+        settings = dict(ckpt=file_hash(args.ckpt), steps=args.steps[0], seed=args.seed,
+                        classes=classes, guidance=args.guidance, weights="raw" if args.raw else "ema", dtype=dtype)
+        kind = Npz if path.suffix == ".npz" else Folder
+        target = kind(path, args.n, sampler.shape, settings, args.overwrite)
+        save_images(sampler, args.steps[0], args.n, args.batch, target)
+    else:
+        path = Path(args.out or Path(args.ckpt).parent)
+        path = path if path.suffix == ".png" else path / "grid.png"
+        draw_grid(sampler, args.steps, args.n, path)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
