@@ -1,0 +1,352 @@
+"""Data sources, broken files, the packed cache, batches."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import data
+from data import DataError, centre_square, decode, draw_picture, load_data, save_grid, to_pixels, to_rgb, to_tensor
+
+ROOT = Path(__file__).parent.parent
+
+
+def png(array, mode=None, format="PNG", **kw):
+    """An array, or an image, as the bytes of a file."""
+    image = array if isinstance(array, Image.Image) else Image.fromarray(np.asarray(array))
+    f = io.BytesIO()
+    (image.convert(mode) if mode else image).save(f, format, **kw)
+    return f.getvalue()
+
+
+def photo(i, size=(20, 20)):
+    rng = np.random.default_rng(i)
+    return Image.fromarray(rng.integers(0, 255, (3, 3, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+
+
+def write(folder, files):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+# ---- the built-in pictures ------------------------------------------------------------------------
+
+
+def test_builtin_pictures_are_deterministic_varied_and_labelled():
+    first = [draw_picture(i, 16) for i in range(40)]
+    assert all(np.array_equal(a, draw_picture(i, 16)) for i, a in enumerate(first))
+    assert len({a.tobytes() for a in first}) == 40
+    assert not np.array_equal(draw_picture(0, 16, seed=1), first[0])
+    assert first[0].shape == (16, 16, 3) and first[0].dtype == np.uint8
+
+
+def test_builtin_classes_can_be_told_apart():
+    """Nearest neighbour by shape alone (grey, contrast-normalised) finds the class most of the time."""
+    def features(indices):
+        grey = np.stack([draw_picture(i, 16).mean(2).ravel() for i in indices])
+        edges = np.abs(grey - np.median(grey, axis=1, keepdims=True))
+        return edges / np.linalg.norm(edges, axis=1, keepdims=True)
+    train, test = features(range(1000)), features(range(1000, 1100))
+    guess = (test @ train.T).argmax(1) % 10
+    assert (guess == np.arange(1000, 1100) % 10).mean() > 0.5  # chance is 0.1
+
+
+def test_builtin_data_is_packed_once_and_reused(cache, monkeypatch):
+    monkeypatch.setattr(data, "BUILTIN_COUNT", 50)
+    monkeypatch.setattr(data.BuiltIn.__init__, "__defaults__", (50,))
+    images = load_data(None, 8, cache=cache)
+    assert len(images) == 50 and images.classes == data.SHAPES and list(images.labels[:3]) == [0, 1, 2]
+    monkeypatch.setattr(data, "draw_picture", None)             # drawing again would fail
+    assert np.array_equal(load_data(None, 8, cache=cache).pixels, images.pixels)
+
+
+# ---- sources ----------------------------------------------------------------------------------------
+
+
+def test_folder_zip_and_lmdb_give_the_same_images(tmp_path, cache):
+    lmdb = pytest.importorskip("lmdb")
+    files = {f"{i:03}.png": png(photo(i)) for i in range(7)}
+    folder = write(tmp_path / "faces", files)
+    with zipfile.ZipFile(tmp_path / "faces.zip", "w") as z:
+        for name, content in files.items():
+            z.writestr("deep/inside/" + name, content)
+        z.writestr("__MACOSX/._000.png", b"not an image")
+        z.writestr("readme.txt", b"no image either")
+    env = lmdb.open(str(tmp_path / "church_outdoor_train_lmdb"), map_size=1 << 22)
+    with env.begin(write=True) as txn:
+        for name, content in files.items():
+            txn.put(name.encode(), content)
+    env.close()
+    a, b, c = (load_data(p, 8, cache=cache) for p in (folder, tmp_path / "faces.zip", tmp_path / "church_outdoor_train_lmdb"))
+    assert len(a) == 7 and a.classes == b.classes == c.classes == []
+    assert np.array_equal(a.pixels, b.pixels) and np.array_equal(a.pixels, c.pixels)
+    assert set(a.labels) == {-1}
+
+
+def test_nested_folders_name_the_classes(tmp_path, cache):
+    files = {f"root/{c}/sub{i}/{i}.png": png(photo(i)) for c in ("cat", "dog") for i in range(3)}
+    images = load_data(write(tmp_path / "pets", files), 8, cache=cache)
+    assert images.classes == ["cat", "dog"] and list(images.labels) == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_stray_image_beside_the_class_folders_means_no_labels(tmp_path, cache):
+    files = {"cat/1.png": png(photo(1)), "dog/1.png": png(photo(2)), "3.png": png(photo(3))}
+    assert load_data(write(tmp_path / "pets", files), 8, cache=cache).classes == []
+
+
+@pytest.mark.parametrize("make,message", [
+    (lambda p: p / "nowhere", "no such file or folder"),
+    (lambda p: write(p / "empty", {"notes.txt": b"x"}), "no images in"),
+    (lambda p: write(p, {"x.zip": b"PK no zip at all"}) / "x.zip", "not a zip file"),
+    (lambda p: write(p, {"x.png": png(photo(0))}) / "x.png", "not a zip file"),
+    (lambda p: write(p / "bad", {"a.png": b"", "b.jpg": b"junk"}), "none of the 2 images could be read"),
+])
+def test_unusable_sources_are_one_line_errors(tmp_path, cache, make, message):
+    with pytest.raises(DataError, match=message) as e:
+        load_data(make(tmp_path), 8, cache=cache)
+    assert str(e.value).startswith("error: ") and "\n" not in str(e.value)
+
+
+def test_an_empty_zip_and_a_damaged_lmdb_are_one_line_errors(tmp_path, cache):
+    pytest.importorskip("lmdb")
+    zipfile.ZipFile(tmp_path / "empty.zip", "w").close()
+    write(tmp_path / "church_lmdb", {"data.mdb": b"junk" * 5000})
+    for path, message in ((tmp_path / "empty.zip", "no images in"), (tmp_path / "church_lmdb", "no readable LMDB")):
+        with pytest.raises(DataError, match=message):
+            load_data(path, 8, cache=cache)
+
+
+# ---- decoding ---------------------------------------------------------------------------------------
+
+
+ODD = {
+    "grey.png": lambda: png(photo(0).convert("L")),
+    "grey_alpha.png": lambda: png(photo(0).convert("LA")),
+    "palette.png": lambda: png(photo(0).convert("P")),
+    "palette_transparent.gif": lambda: png(photo(0).convert("P"), format="GIF", transparency=0),
+    "rgba.png": lambda: png(photo(0).convert("RGBA")),
+    "one_bit.png": lambda: png(photo(0).convert("1")),
+    "cmyk.jpg": lambda: png(photo(0).convert("CMYK"), format="JPEG"),
+    "grey16.png": lambda: png(np.full((9, 9), 40_000, np.uint16)),
+    "tall.jpg": lambda: png(photo(0, (10, 90)), format="JPEG"),
+    "dot.png": lambda: png(photo(0, (1, 1))),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_formats_become_rgb(name):
+    out = decode(ODD[name](), 8)
+    assert out.shape == (8, 8, 3) and out.dtype == np.uint8
+
+
+def test_colours_survive_the_conversion():
+    grey16 = decode(png(np.full((9, 9), 40_000, np.uint16)), 8)
+    assert (grey16 == 40_000 // 257).all()
+    clear = Image.new("RGBA", (9, 9), (255, 0, 0, 0))
+    assert (np.asarray(to_rgb(clear)) == 255).all()             # transparent lies on white
+    cmyk = np.asarray(to_rgb(Image.new("CMYK", (9, 9), (0, 255, 255, 0))))
+    assert (cmyk[0, 0] == [255, 0, 0]).all()
+
+
+def test_a_rotated_photograph_stands_upright():
+    image = Image.new("RGB", (16, 16), "black")
+    image.paste("white", (0, 0, 16, 8))                         # the top half is white
+    exif = Image.Exif()
+    exif[0x0112] = 3                                            # taken upside down
+    out = decode(png(image, exif=exif), 16)
+    assert out[0].max() == 0 and out[-1].min() == 255
+
+
+def test_broken_files_are_skipped_with_one_line_and_keep_labels_in_step(tmp_path, cache, capfd):
+    files = {f"{c}/{i:03}.jpg": png(photo(i, (64, 64)), format="JPEG") for c in "ab" for i in range(5)}
+    cut = files["a/003.jpg"][:len(files["a/003.jpg"]) // 2]
+    bad = {"a/001.jpg": b"", "a/003.jpg": cut, "b/000.jpg": b"<html>404</html>", "b/002.png": png(photo(1))[:40]}
+    images = load_data(write(tmp_path / "x", files | bad), 8, cache=cache)
+    assert len(images) == 7 and list(images.labels) == [0, 0, 0, 1, 1, 1, 1]
+    lines = [line for line in capfd.readouterr().out.splitlines() if "skipped" in line]
+    assert len(lines) == 1 and "skipped 4 of 11" in lines[0] and "a/001.jpg" in lines[0] and "…" in lines[0]
+
+
+@pytest.mark.parametrize("size,crop,box", [
+    ((100, 60), None, (20, 0, 80, 60)),
+    ((178, 218), 140, (19, 39, 159, 179)),                      # CelebA's convention
+    ((89, 109), 140 / 178, (9, 19, 79, 89)),                    # the same share of half-size files
+    ((50, 60), 140, (0, 5, 50, 55)),                            # a crop larger than the image: all of it
+])
+def test_the_crop_is_centred(size, crop, box):
+    left, top, right, bottom = centre_square(*size, crop)
+    assert (left, top, right, bottom) == box
+
+
+def test_resizing_does_not_alias():
+    """One-pixel stripes shrunk by 8 must become grey; sampling without a filter would keep black or white."""
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.abs(decode(png(stripes), 32).astype(int) - 127).max() < 8
+
+
+# ---- the cache -----------------------------------------------------------------------------------------
+
+
+def test_the_cache_notices_a_changed_source_or_setting(tmp_path, cache):
+    folder = write(tmp_path / "x", {f"{i}.png": png(photo(i)) for i in range(3)})
+    first = load_data(folder, 8, cache=cache)
+    assert load_data(folder, 8, cache=cache).folder == first.folder
+    others = {load_data(folder, 4, cache=cache).folder, load_data(folder, 8, crop=6, cache=cache).folder}
+    (folder / "1.png").write_bytes(png(photo(77)))
+    changed = load_data(folder, 8, cache=cache)
+    assert len(others | {first.folder, changed.folder}) == 4
+    assert not np.array_equal(changed.pixels[1], first.pixels[1])
+    (folder / "9.png").write_bytes(png(photo(9)))
+    assert len(load_data(folder, 8, cache=cache)) == 4
+
+
+def test_packing_killed_half_way_goes_on_and_ends_the_same(tmp_path, cache):
+    """SIGKILL in the middle of packing, then again by hand-made damage; the result equals an undisturbed one."""
+    folder = write(tmp_path / "x", {f"{c}/{i:04}.png": png(photo(i)) for c in "ab" for i in range(300)}
+                   | {"a/0005.png": b"broken"})
+    code = f"""
+import sys, time; sys.path.insert(0, {str(ROOT)!r})
+import data; data.CHUNK = 64
+chunks = data._decoded_chunks
+def slow(*a):
+    for k, c in enumerate(chunks(*a)):
+        if k == 3: print("now", flush=True); time.sleep(60)
+        yield c
+data._decoded_chunks = slow
+data.load_data({str(folder)!r}, 8, cache={str(cache)!r})
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert child.stdout.readline() == b"now\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    part = next(cache.iterdir())
+    assert not (part / "meta.json").exists()
+    entries = (part / "journal.jsonl").read_text().splitlines()
+    assert sum(json.loads(e)["seen"] for e in entries) == 3 * 64
+    with open(part / "images.u8", "ab") as f:                   # a torn write after the journal's last line
+        f.write(b"x" * 100)
+    with open(part / "journal.jsonl", "a") as f:
+        f.write('{"seen": 64, "lab')
+    drawn = []
+    original = data.decode
+    data.decode = lambda *a: (drawn.append(1), original(*a))[1]
+    try:
+        resumed = load_data(folder, 8, cache=cache)
+    finally:
+        data.decode = original
+    assert len(drawn) == 600 - 3 * 64                           # only what was missing
+    whole = load_data(folder, 8, cache=tmp_path / "other")
+    assert len(whole) == 599 and np.array_equal(resumed.pixels, whole.pixels)
+    assert np.array_equal(resumed.labels, whole.labels)
+
+
+def test_a_damaged_cache_is_named_not_used(tmp_path, cache):
+    folder = write(tmp_path / "x", {f"{i}.png": png(photo(i)) for i in range(3)})
+    images = load_data(folder, 8, cache=cache)
+    os.truncate(images.folder / "images.u8", 100)
+    with pytest.raises(DataError, match="damaged"):
+        load_data(folder, 8, cache=cache)
+
+
+def test_an_unwritable_cache_is_a_one_line_error(tmp_path):
+    folder = write(tmp_path / "x", {"1.png": png(photo(1)), "cache": b"a file where a folder should be"})
+    with pytest.raises(DataError, match="--cache names another folder"):
+        load_data(folder, 8, cache=folder / "cache")
+
+
+def test_two_runs_packing_at_once_end_with_one_good_cache(tmp_path, cache):
+    folder = write(tmp_path / "x", {f"{i:03}.png": png(photo(i)) for i in range(200)})
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; " \
+           f"print(len(data.load_data({str(folder)!r}, 8, cache={str(cache)!r})))"
+    children = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in "ab"]
+    assert [c.communicate(timeout=60)[0] for c in children] == [b"200\n"] * 2
+    assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_packed_images_stay_on_disk(cache):
+    """Images are mapped, not loaded: opening 60 MB of pixels adds little to the memory of the process."""
+    folder = cache / "big"
+    folder.mkdir(parents=True)
+    n, size = 20_000, 32
+    with open(folder / "images.u8", "wb") as f:
+        f.truncate(n * size * size * 3)
+    np.save(folder / "labels.npy", np.zeros(n, np.int32))
+    (folder / "meta.json").write_text(json.dumps(dict(count=n, size=size, classes=[])))
+    images = data.Images(folder)
+    before = resident()
+    images.batch(0, 64, seed=0)
+    assert isinstance(images.pixels, np.memmap) and resident() - before < 20e6
+
+
+def resident():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# ---- batches and pictures ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def twelve(tmp_path, cache):
+    return load_data(write(tmp_path / "x", {f"{i:02}.png": png(np.full((8, 8, 3), 20 * i, np.uint8)) for i in range(12)}), 8, cache=cache)
+
+
+def test_every_epoch_shows_every_image_once_in_a_new_order(twelve):
+    seen = [twelve.batch(step, 8, seed=3)[0][:, 0, 0, 0] for step in range(6)]   # 48 images: 4 epochs
+    epochs = to_pixels(torch.cat(seen).reshape(48, 1, 1, 1).expand(48, 3, 1, 1))[:, 0, 0, 0].reshape(4, 12)
+    assert all(sorted(e) == list(range(0, 240, 20)) for e in epochs)
+    assert len({tuple(e) for e in epochs}) == 4
+
+
+def test_a_batch_depends_on_step_and_seed_alone(twelve):
+    a = twelve.batch(5, 8, seed=3)[0]
+    twelve.batch(0, 8, seed=4)
+    assert_close(twelve.batch(5, 8, seed=3)[0], a, rtol=0, atol=0)
+    assert not torch.equal(twelve.batch(5, 8, seed=4)[0], a)
+
+
+def test_about_half_of_the_images_are_mirrored(tmp_path, cache):
+    half = np.zeros((8, 8, 3), np.uint8)
+    half[:, :4] = 255
+    images = load_data(write(tmp_path / "x", {"a.png": png(half), "b.png": png(half)}), 8, cache=cache)
+    left = images.batch(0, 400, seed=0)[0][:, 0, 0, 0]
+    assert 0.4 < (left < 0).float().mean() < 0.6
+    assert (images.batch(0, 400, seed=0, flip=False)[0][:, 0, 0, 0] > 0).all()
+
+
+def test_pixels_and_tensors_convert_exactly():
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    x = to_tensor(pixels)
+    assert x.min() == -1 and x.max() == 1 and np.array_equal(to_pixels(x), pixels)
+    assert (to_pixels(torch.tensor([-7.0, 7.0]).reshape(1, 1, 1, 2).expand(1, 3, 1, 2)) == [[[0] * 3, [255] * 3]]).all()
+
+
+def test_a_grid_shows_each_image_in_its_place_beside_its_label(tmp_path):
+    x = torch.stack([torch.full((3, 8, 8), v) for v in (-1.0, 0.0, 1.0, 0.5, -0.5)])
+    save_grid(x, tmp_path / "new" / "grid.png", columns=3)
+    grid = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
+    assert grid.shape == (17 * 8, 26 * 8, 3)                    # 8-pixel images are enlarged to 64
+    assert [grid[4 * 8, 8 * c][0] for c in (4, 13, 22)] == [0, 128, 255] and grid[13 * 8, 4 * 8][0] == 191
+    save_grid(x, tmp_path / "grid.png", columns=3, labels=["2 steps", "64 steps"])
+    wide = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert np.array_equal(wide[:, wide.shape[1] - 26 * 8:], grid) and wide[:, :wide.shape[1] - 26 * 8].min() < 100
