@@ -315,6 +315,7 @@ def parse_args(argv=None):
     g.add_argument("--mult", type=int, nargs="+", help="width of each level, in units of --channels")
     g.add_argument("--blocks", type=int, help="residual blocks per level")
     g.add_argument("--attention", type=int, nargs="*", help="attend where the image is this many times smaller")
+    g.add_argument("--head-channels", type=int, help="channels per attention head")
     g.add_argument("--dropout", type=float, help="in the residual blocks")
 
     g = p.add_argument_group("the run")
@@ -357,7 +358,7 @@ def _check(p, args):
 
 def make_config(args, classes):
     """The UNet's config from --model and the flags that beat it."""
-    flags = {k: getattr(args, k) for k in ("channels", "mult", "blocks", "attention", "dropout")}
+    flags = {k: getattr(args, k) for k in ("channels", "mult", "blocks", "attention", "head_channels", "dropout")}
     try:
         config = UNetConfig(**CONFIGS[args.model] | {k: v for k, v in flags.items() if v is not None}, classes=classes)
     except ValueError as e:
