@@ -101,7 +101,8 @@ def _star(pen, fore, part):
 
 def _heart(pen, fore, part):
     a = 2 * np.pi * np.arange(64) / 64
-    pen.polygon(np.sin(a) ** 3 - 1j * (13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)) / 16, fore)
+    up = (13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)) / 16
+    pen.polygon(np.sin(a) ** 3 - 1j * up, fore)
 
 
 def _moon(pen, fore, part):
@@ -176,7 +177,7 @@ class Files:
         self.names = sorted(n for n in names if Path(n).suffix.lower() in SUFFIXES
                             and not any(p.startswith((".", "__MACOSX")) for p in Path(n).parts))
         if not self.names:
-            raise DataError(f"error: no images in {path} (looked for {' '.join(sorted(SUFFIXES))}, also in sub-folders)")
+            raise DataError(f"error: no images in {path} or its sub-folders (looked for {' '.join(sorted(SUFFIXES))})")
         self.count = len(self.names)
         self.labels, self.classes = _labels(self.names)
 
@@ -198,7 +199,7 @@ class Files:
             with zipfile.ZipFile(self.path) as z:
                 names = [i.filename for i in z.infolist() if not i.is_dir()]
         except zipfile.BadZipFile:
-            raise DataError(f"error: {self.path} is not a zip file (--data takes a folder, a zip or an LSUN LMDB folder)") from None
+            raise DataError(f"error: {self.path} is not a zip file (--data: a folder, a zip or an LMDB folder)") from None
         info = self.path.stat()
         return f"{info.st_size} {info.st_mtime_ns}", names
 
@@ -246,7 +247,7 @@ class LSUN:
 
     def items(self, start, size):
         with self.env.begin() as txn:
-            for i, (key, value) in enumerate(txn.cursor()):   # in key order, which is file order: one pass over the disk
+            for i, (key, value) in enumerate(txn.cursor()):   # in key order: one pass over the disk
                 if i >= start:
                     yield key.decode(errors="replace"), (lambda v=value: v), -1
 
@@ -329,7 +330,7 @@ def load_data(path=None, size=32, crop=None, cache=None):
 
 
 def _pack(source, folder, size, crop):
-    """Fill `folder`: images.u8 (raw pixels, N x H x W x 3), labels.npy, and last of all meta.json, which makes it valid.
+    """Fill `folder`: images.u8 (raw pixels, N x H x W x 3), labels.npy, and last meta.json, which makes it valid.
 
     A journal notes after each chunk how far the packing got; a later call goes on from its last whole
     line. A lock keeps two runs from packing at once: the second waits, and finds the work done.
@@ -340,7 +341,7 @@ def _pack(source, folder, size, crop):
         if (folder / "meta.json").exists():
             return
         journal = _read_journal(folder / "journal.jsonl", folder / "images.u8", 3 * size * size)
-        done, kept = sum(j["seen"] for j in journal), sum(len(j["labels"]) for j in journal)
+        done = sum(j["seen"] for j in journal)
         need, free = (source.count - done) * 3 * size * size, shutil.disk_usage(folder).free
         if need > free:
             raise DataError(f"error: packing {source.name} needs {need / 1e9:.1f} GB in {folder}, but only "
@@ -350,7 +351,7 @@ def _pack(source, folder, size, crop):
                    dynamic_ncols=True) as bar):
             for entry, images in _decoded_chunks(source, done, size, crop):
                 pixels.write(images)
-                pixels.flush()                                # pixels first: the journal never promises more than there is
+                pixels.flush()                                # pixels first: the journal never promises too much
                 notes.write(json.dumps(entry) + "\n")
                 notes.flush()
                 journal.append(entry)
@@ -379,7 +380,7 @@ def _read_journal(path, pixels, image_bytes):
 
 
 def _decoded_chunks(source, start, size, crop):
-    """Decode a source from item `start` on, in threads (PIL frees the interpreter lock): (journal entry, pixel bytes)."""
+    """Decode a source from item `start` on, in threads (PIL frees the interpreter lock): (journal entry, pixels)."""
 
     def work(item):
         name, read, label = item
@@ -406,8 +407,8 @@ def _finish(source, folder, journal, size, crop):
         shutil.rmtree(folder, ignore_errors=True)             # leave no trace: the files may be repaired
         raise DataError(f"error: none of the {len(skipped)} images could be read; the first: {': '.join(skipped[0])}")
     if skipped:
-        first = "; ".join(f"{name} ({why})" for name, why in skipped[:3])
-        tqdm.write(f"skipped {len(skipped)} of {source.count} images that can't be read: {first}{'; …' * (len(skipped) > 3)}")
+        first = "; ".join(f"{name} ({why})" for name, why in skipped[:3]) + "; …" * (len(skipped) > 3)
+        tqdm.write(f"skipped {len(skipped)} of {source.count} images that can't be read: {first}")
     np.save(folder / "labels.npy", labels)
     meta = dict(count=len(labels), size=size, crop=crop, classes=source.classes, skipped=skipped)
     tmp = folder / "meta.json.tmp"
@@ -429,7 +430,7 @@ class Images:
         meta = json.loads((folder / "meta.json").read_text())
         shape = (meta["count"], meta["size"], meta["size"], 3)
         if (folder / "images.u8").stat().st_size != np.prod(shape):
-            raise DataError(f"error: {folder} is damaged (images.u8 has the wrong size); delete that folder to pack it again")
+            raise DataError(f"error: {folder} is damaged (images.u8 has the wrong size); delete it to pack it again")
         self.pixels = np.memmap(folder / "images.u8", np.uint8, "r", shape=shape)
         self.labels = np.load(folder / "labels.npy")
         self.classes, self.folder = meta["classes"], folder

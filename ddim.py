@@ -140,7 +140,7 @@ class Denoiser:
         return cls(net, SCHEDULES[state["schedule"]](), state["predicts"], net.config.classes or None)
 
     def output(self, z, t, y=None, w=1.0):
-        """The network's own output; with w ≠ 1 guided (Ho & Salimans 2022): null + w (class − null), as one doubled batch."""
+        """The network's own output; if w ≠ 1 guided: null + w (class − null), one doubled batch (Ho & Salimans 2022)."""
         if y is None:
             return self.net(z, t)
         if w == 1.0:
@@ -148,8 +148,8 @@ class Denoiser:
         if self.null is None:
             raise ValueError("guidance needs a model with a null class")
         t = torch.as_tensor(t, device=z.device)
-        both = self.net(torch.cat([z, z]), torch.cat([t, t]) if t.ndim else t, torch.cat([torch.full_like(y, self.null), y]))
-        without, with_class = both.chunk(2)
+        tt, yy = torch.cat([t, t]) if t.ndim else t, torch.cat([torch.full_like(y, self.null), y])
+        without, with_class = self.net(torch.cat([z, z]), tt, yy).chunk(2)
         return without + w * (with_class - without)
 
     def __call__(self, z, t, y=None, w=1.0):

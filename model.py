@@ -336,7 +336,7 @@ def load_checkpoint(path, device="cpu"):
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"error: no checkpoint at {path}; make one with: python train.py --distill 0.15") from None
+        raise CheckpointError(f"error: no checkpoint at {path}; to make one: python train.py --distill 0.15") from None
     except Exception as e:  # torch raises half a dozen types here, all meaning the same to a user
         raise CheckpointError(f"error: {path} is no readable checkpoint ({str(e).splitlines()[0][:120]})") from None
     if not isinstance(state, dict) or not {"config", "weights", "ema", "schedule", "predicts", "shape"} <= state.keys():
@@ -345,7 +345,7 @@ def load_checkpoint(path, device="cpu"):
 
 
 def load_model(path, device="cpu", ema=True):
-    """The network of a checkpoint, ready to sample: (net, state). `ema=False`: the raw weights instead of their average."""
+    """The network of a checkpoint, ready to sample: (net, state). `ema=False`: the weights, not their average."""
     state = load_checkpoint(path, device)
     known = {f.name for f in fields(UNetConfig)}
     if not state["config"].keys() <= known:
@@ -354,7 +354,8 @@ def load_model(path, device="cpu", ema=True):
     try:
         net.load_state_dict(state["ema" if ema else "weights"])
     except RuntimeError as e:
-        raise CheckpointError(f"error: {path}: its weights do not fit its own config ({str(e).splitlines()[1].strip()})") from None
+        first = str(e).splitlines()[1].strip()
+        raise CheckpointError(f"error: {path}: its weights do not fit its own config ({first})") from None
     return net.eval().requires_grad_(False), state
 
 

@@ -90,7 +90,7 @@ class Folder:
 
 
 class Npz:
-    """One npz: arr_0 (N, H, W, 3) uint8, arr_1 (N,) the classes if there are any. Until it is whole, raw pixels beside it."""
+    """One npz: arr_0 (N, H, W, 3) uint8, arr_1 (N,) classes if there are any; until it is whole, raw pixels."""
 
     def __init__(self, path, n, shape, settings, overwrite):
         self.path, self.n, self.image = path, n, (shape[1], shape[2], shape[0])
@@ -126,14 +126,18 @@ class Npz:
 
 
 def _keep(note, settings, present, overwrite, path):
-    """True if what lies at `path` was made with the same settings and may be continued. Otherwise refuses, or overwrites."""
+    """True if what lies at `path` was made with the same settings and may be continued; False if it must go.
+
+    Exits if there is something else at `path`, unless it may be overwritten.
+    """
     try:
         old = json.loads(note.read_text())
     except (OSError, ValueError):
         old = None
     if present and not overwrite and old != settings:
         other = [k for k in settings if (old or {}).get(k) != settings[k]]
-        sys.exit(f"error: {path} holds samples made with another {', '.join(other)}; choose another --save, or --overwrite them")
+        sys.exit(f"error: {path} holds samples made with another {', '.join(other)}; "
+                 f"choose another --save, or --overwrite them")
     note.write_text(json.dumps(settings, indent=1))
     return present and not overwrite
 
@@ -160,22 +164,26 @@ def save_images(sampler, steps, n, batch, target):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", default="out/train/ckpt.pt", metavar="FILE", help="checkpoint of train.py (default: %(default)s)")
+    p.add_argument("--ckpt", default="out/train/ckpt.pt", metavar="FILE",
+                   help="checkpoint of train.py (default: %(default)s)")
     p.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8, 64], metavar="N",
-                   help="network evaluations per image; each is a row of the grid (default: 2 4 8 64); with --save exactly one")
+                   help="network evaluations per image, each a row of the grid (default: 2 4 8 64); with --save one")
     p.add_argument("-n", type=int, metavar="N", help="images: columns of the grid (default: 10), or how many to --save")
-    p.add_argument("--out", metavar="PATH", help="the grid: a .png, or a folder for grid.png (default: the checkpoint's folder)")
-    p.add_argument("--save", metavar="PATH", help="instead of a grid, write -n images: PNG files into a folder, or one .npz")
+    p.add_argument("--out", metavar="PATH",
+                   help="the grid: a .png, or a folder for grid.png (default: the checkpoint's folder)")
+    p.add_argument("--save", metavar="PATH",
+                   help="instead of a grid, write -n images: PNG files into a folder, or one .npz")
     p.add_argument("--class", dest="classes", nargs="+", metavar="C",
                    help="classes, by name or number, given to the images in turn (default: all of them)")
     p.add_argument("--guidance", type=float, default=1.0, metavar="W",
-                   help="classifier-free guidance: 1 is none, larger follows the class more strictly at twice the cost (default: 1)")
+                   help="classifier-free guidance: 1 is none; more follows the class more strictly, at twice the cost")
     p.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     p.add_argument("--raw", action="store_true", help="the weights themselves instead of their average (EMA)")
     p.add_argument("--batch", type=int, default=64, help="images at a time with --save (default: 64)")
-    p.add_argument("--overwrite", action="store_true", help="replace samples that --save finds, made with other settings")
+    p.add_argument("--overwrite", action="store_true", help="delete the samples that --save finds there")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps … (default: the best there is)")
-    p.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="precision of the network's insides")
+    p.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
+                   help="precision of the network's insides (default: bf16 where the hardware has it)")
     args = p.parse_args(argv)
     if args.save and (args.n is None or len(args.steps) != 1):
         p.error("--save needs -n and exactly one step count: --steps 8 -n 50000 --save DIR")
@@ -190,11 +198,11 @@ def parse_args(argv=None):
 
 
 def pick_classes(wanted, guidance, state):
-    """`--class` as class indices; all classes in turn by default, None for a model without classes. Exits if impossible."""
+    """`--class` as class indices; all of them by default, None for a model without classes. Exits if impossible."""
     count, names = state["config"]["classes"], state["classes"]
     if not count:
         if wanted or guidance != 1:
-            sys.exit("error: this model was trained without --classes, so --class and --guidance have no meaning for it")
+            sys.exit("error: this model was trained without --classes, so it knows no --class and no --guidance")
         return None
     numbers = {**{str(i): i for i in range(count)}, **{name: i for i, name in enumerate(names)}}
     for c in wanted or []:

@@ -28,8 +28,18 @@ from tqdm import tqdm
 
 from data import load_data, save_grid
 from ddim import SCHEDULES, Denoiser, ddim_target, noise, sample, to_x
-from model import (CONFIGS, UNet, UNetConfig, autocast, config_dict, load_checkpoint, param_count, pick_device, pick_dtype,
-                   save_checkpoint)
+from model import (
+    CONFIGS,
+    UNet,
+    UNetConfig,
+    autocast,
+    config_dict,
+    load_checkpoint,
+    param_count,
+    pick_device,
+    pick_dtype,
+    save_checkpoint,
+)
 
 # A preset only changes the defaults of flags. Updates, learning rate and size of the three LSUN and CelebA
 # runs are the paper's (section 5.2); it is silent about batch, model, warm-up and EMA: those are ours.
@@ -195,7 +205,7 @@ def _mean_of(run, pending, names, bar):
     if len(bad):
         bar.close()
         first = run.step - len(pending) + 1 + bad[0].item()
-        kept = f"{run.ckpt} holds the last good checkpoint" if run.ckpt.exists() else "no checkpoint had been written yet"
+        kept = f"{run.ckpt} holds the last good checkpoint" if run.ckpt.exists() else "there is no checkpoint yet"
         sys.exit(f"error: loss or gradient not finite at update {first}; {kept}. Try a lower --lr, or --dtype fp32.")
     return {"step": run.step} | dict(zip(names, values.mean(0).tolist(), strict=True))
 
@@ -235,7 +245,7 @@ def prepare_out(args, files=("ckpt.pt", "log.jsonl", "samples-*.png")):
         _cut_log(out / "log.jsonl", state["step"])
         return state
     if old and not args.overwrite:
-        sys.exit(f"error: {out} holds a run already; go on with it (--resume), replace it (--overwrite) or choose another --out")
+        sys.exit(f"error: {out} holds a run already: --resume goes on, --overwrite deletes it, --out takes another")
     for f in old:
         f.unlink()
     out.mkdir(parents=True, exist_ok=True)
@@ -282,11 +292,13 @@ def sample_picture(run, count=80, columns=10):
 def parse_args(argv=None):
     """Flags beat the settings of a resumed run, which beat the preset, which beats the defaults."""
     pre = argparse.ArgumentParser(add_help=False)
-    pre.add_argument("--preset", choices=PRESETS, default="toy", help="defaults for all other flags (default: %(default)s)")
+    pre.add_argument("--preset", choices=PRESETS, default="toy",
+                     help="defaults for the other flags (default: %(default)s)")
     pre.add_argument("--resume", action="store_true", help="continue the run in --out, with its own settings")
     pre.add_argument("--out", default="out/train", metavar="DIR", help="folder of the run (default: %(default)s)")
     first = pre.parse_known_args(argv)[0]
-    p = argparse.ArgumentParser(description=__doc__, parents=[pre], formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(parents=[pre], description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
 
     g = p.add_argument_group("the method")
     g.add_argument("--distill", type=float, nargs="?", const=0.15, default=0.0, metavar="b",
@@ -301,10 +313,13 @@ def parse_args(argv=None):
     g.add_argument("--seed", type=int, default=0, help="of weights, batches and noise (default: 0)")
 
     g = p.add_argument_group("the data")
-    g.add_argument("--data", metavar="PATH", help="folder or zip of images, or an LSUN LMDB folder (default: built-in pictures)")
+    g.add_argument("--data", metavar="PATH",
+                   help="folder or zip of images, or an LSUN LMDB folder (default: the built-in pictures)")
     g.add_argument("--size", type=int, help="side of the training images in pixels")
-    g.add_argument("--crop", type=float, help="centre crop before resizing: pixels (CelebA: 140), or a share of the shorter side if < 1")
-    g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images (default: on)")
+    g.add_argument("--crop", type=float,
+                   help="centre crop before resizing: in pixels (CelebA: 140), or < 1: a share of the shorter side")
+    g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
+                   help="mirror half of the images (default: on)")
     g.add_argument("--classes", action=argparse.BooleanOptionalAction, default=False,
                    help="condition on the labels (sub-folders); they are dropped one time in ten, for guidance")
     g.add_argument("--cache", metavar="DIR", help="where packed images are kept (default: $DSD_CACHE or ~/.cache/dsd)")
@@ -325,7 +340,8 @@ def parse_args(argv=None):
     g.add_argument("--sample-steps", type=int, metavar="S", help="DDIM steps of those samples")
     g.add_argument("--save-every", type=int, metavar="N", help="updates between two checkpoints")
     g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps … (default: the best there is)")
-    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="precision of the network's insides")
+    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
+                   help="precision of the network's insides (default: bf16 where the hardware has it)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
 
     p.set_defaults(**PRESETS[first.preset])
@@ -334,7 +350,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     changed = [k for k, v in saved.items() if getattr(args, k, v) != v and k != "updates"]
     if changed:
-        print("resuming with another " + ", ".join(changed) + ": no longer the same as a run that was never interrupted")
+        print(f"resuming with another {', '.join(changed)}: no longer the same as a run that was never interrupted")
     _check(p, args)
     return args
 
@@ -383,7 +399,7 @@ def main(argv=None):
     if state:
         run.load(state)
     print(f"{len(images):,} images of {args.size}x{args.size}, {param_count(run.net) / 1e6:.2f} M parameters, "
-          f"{args.updates:,} updates of {args.batch} images on {device} in {args.dtype}, distill {args.distill}", flush=True)
+          f"{args.updates:,} updates of {args.batch} images on {device} in {args.dtype}, distill {args.distill}")
 
     stream = batches(images, args, run.step, device)
     xhat = Denoiser(run.model, SCHEDULES["cosine"](), "v")

@@ -84,7 +84,7 @@ def test_builtin_data_is_packed_once_and_reused(cache, monkeypatch):
 def test_folder_zip_and_lmdb_give_the_same_images(tmp_path, cache):
     lmdb = pytest.importorskip("lmdb")
     files = {f"{i:03}.png": png(photo(i)) for i in range(7)}
-    folder = write(tmp_path / "faces", files)
+    write(tmp_path / "faces", files)
     with zipfile.ZipFile(tmp_path / "faces.zip", "w") as z:
         for name, content in files.items():
             z.writestr("deep/inside/" + name, content)
@@ -95,7 +95,7 @@ def test_folder_zip_and_lmdb_give_the_same_images(tmp_path, cache):
         for name, content in files.items():
             txn.put(name.encode(), content)
     env.close()
-    a, b, c = (load_data(p, 8, cache=cache) for p in (folder, tmp_path / "faces.zip", tmp_path / "church_outdoor_train_lmdb"))
+    a, b, c = (load_data(tmp_path / p, 8, cache=cache) for p in ("faces", "faces.zip", "church_outdoor_train_lmdb"))
     assert len(a) == 7 and a.classes == b.classes == c.classes == []
     assert np.array_equal(a.pixels, b.pixels) and np.array_equal(a.pixels, c.pixels)
     assert set(a.labels) == {-1}
@@ -277,7 +277,8 @@ def test_two_runs_packing_at_once_end_with_one_good_cache(tmp_path, cache):
     folder = write(tmp_path / "x", {f"{i:03}.png": png(photo(i)) for i in range(200)})
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; " \
            f"print(len(data.load_data({str(folder)!r}, 8, cache={str(cache)!r})))"
-    children = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in "ab"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    children = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in "ab"]
     assert [c.communicate(timeout=60)[0] for c in children] == [b"200\n"] * 2
     assert len(list(cache.iterdir())) == 1
 
@@ -308,7 +309,8 @@ def resident():
 
 @pytest.fixture
 def twelve(tmp_path, cache):
-    return load_data(write(tmp_path / "x", {f"{i:02}.png": png(np.full((8, 8, 3), 20 * i, np.uint8)) for i in range(12)}), 8, cache=cache)
+    files = {f"{i:02}.png": png(np.full((8, 8, 3), 20 * i, np.uint8)) for i in range(12)}
+    return load_data(write(tmp_path / "x", files), 8, cache=cache)
 
 
 def test_every_epoch_shows_every_image_once_in_a_new_order(twelve):

@@ -188,7 +188,7 @@ def test_data_in_one_point_has_no_loss():
 
 
 def test_gaussian_data_is_sampled_as_the_closed_form_says():
-    """For N(m, d²) each DDIM step is linear in z − α m; with many steps the end is m + d · noise (the exact flow)."""
+    """For N(m, d²) each DDIM step is linear in z − α m; with many steps the end is m + d · noise, the exact flow."""
     m, d, schedule = 0.3, 0.5, Cosine()
     z = torch.randn(200, 3, 4, 4, dtype=torch.double)
     gain = 1.0

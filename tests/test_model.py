@@ -18,7 +18,8 @@ from model import (
     time_embedding,
 )
 
-TINY = UNetConfig(channels=16, mult=(1, 2), blocks=1, attention=(2,), head_channels=16, groups=8)
+SMALL = dict(channels=16, mult=(1, 2), blocks=1, attention=(2,), head_channels=16, groups=8)
+TINY = UNetConfig(**SMALL)
 
 
 def awake(net, seed=0):
@@ -37,10 +38,11 @@ def test_presets_build_and_keep_the_shape(name):
     assert param_count(net) > 1_000_000
 
 
-@pytest.mark.parametrize("extra", [{}, dict(classes=10), dict(context_dim=24, in_channels=4), dict(heads=2, head_channels=0)])
+@pytest.mark.parametrize("extra", [{}, dict(classes=10), dict(context_dim=24, in_channels=4),
+                                   dict(heads=2, head_channels=0)])
 def test_every_weight_matters(extra):
     """Each parameter of each kind of UNet gets a gradient: nothing is built and then not used."""
-    config = UNetConfig(channels=16, mult=(1, 2), blocks=1, attention=(2,), groups=8, **{"head_channels": 16} | extra)
+    config = UNetConfig(**SMALL | extra)
     net = awake(UNet(config))
     y = torch.arange(11) if config.classes else None
     context = torch.randn(11, 5, 24) if config.context_dim else None
@@ -61,7 +63,7 @@ def test_images_of_a_batch_do_not_see_each_other():
 
 
 def test_the_output_depends_on_time_class_and_far_pixels():
-    net = awake(UNet(UNetConfig(channels=16, mult=(1, 2), blocks=1, attention=(2,), head_channels=16, groups=8, classes=3)))
+    net = awake(UNet(UNetConfig(**SMALL, classes=3)))
     z, y = torch.randn(1, 3, 16, 16), torch.tensor([0])
     out = net(z, 0.5, y)
     assert not torch.allclose(out, net(z, 0.6, y)) and not torch.allclose(out, net(z, 0.5, y + 1))
@@ -71,7 +73,7 @@ def test_the_output_depends_on_time_class_and_far_pixels():
 
 
 def test_attention_is_softmax_of_scaled_products():
-    """SelfAttention against the formula, written out in float64; its weights are grouped by head first, as in LDM's files."""
+    """SelfAttention against the formula in float64; its weights are grouped by head first, as in LDM's files."""
     from model import SelfAttention
     torch.manual_seed(0)
     layer = SelfAttention(UNetConfig(channels=16, head_channels=8, groups=8), 16).double()

@@ -1,0 +1,187 @@
+"""sample.py from its command line, on a tiny untrained model with its zero layers filled."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import sample as script
+from ddim import Cosine, Denoiser, noise, sample
+from model import UNet, UNetConfig, config_dict, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+def make_checkpoint(path, classes=0):
+    torch.manual_seed(0)
+    net = UNet(UNetConfig(channels=16, mult=(1,), blocks=1, attention=(), head_channels=16, groups=8, classes=classes))
+    for p in net.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    ema = {k: v * 0.9 for k, v in net.state_dict().items()}
+    save_checkpoint(path, dict(config=config_dict(net.config), weights=net.state_dict(), ema=ema, schedule="cosine",
+                               predicts="v", shape=[3, 8, 8], classes=["cat", "dog", "owl"][:classes], step=7))
+    return net.eval()
+
+
+@pytest.fixture
+def ckpt(tmp_path):
+    make_checkpoint(tmp_path / "ckpt.pt")
+    return ["--ckpt", str(tmp_path / "ckpt.pt"), "--device", "cpu", "--dtype", "fp32"]
+
+
+@pytest.fixture
+def ckpt3(tmp_path):
+    make_checkpoint(tmp_path / "ckpt.pt", classes=3)
+    return ["--ckpt", str(tmp_path / "ckpt.pt"), "--device", "cpu", "--dtype", "fp32"]
+
+
+def pictures(folder):
+    return {p.name: np.asarray(Image.open(p)) for p in sorted(folder.glob("*.png"))}
+
+
+def test_the_grid_has_a_row_per_step_count_and_the_same_noise_in_a_column(ckpt, tmp_path):
+    script.main([*ckpt, "--steps", "1", "4", "-n", "3", "--seed", "5", "--raw", "--out", str(tmp_path / "g.png")])
+    grid = np.asarray(Image.open(tmp_path / "g.png"))
+    grid = grid[:, grid.shape[1] - 26 * 8:][::8, ::8]                   # without labels, one value per pixel
+    assert grid.shape == (17, 26, 3)
+    z = noise(5, range(3), (3, 8, 8))
+    xhat = Denoiser(make_checkpoint(tmp_path / "again.pt"), Cosine())
+    for row, steps in enumerate((1, 4)):
+        x = script.to_pixels(sample(xhat, z, steps))
+        for column in range(3):
+            shown = grid[9 * row:9 * row + 8, 9 * column:9 * column + 8]
+            assert np.abs(shown.astype(int) - x[column]).max() <= 1
+
+
+def test_the_grid_lies_beside_the_checkpoint_by_default(ckpt, tmp_path):
+    script.main([*ckpt, "--steps", "1"])
+    assert (tmp_path / "grid.png").exists()
+    script.main([*ckpt, "--steps", "1", "--out", str(tmp_path / "folder")])
+    assert (tmp_path / "folder" / "grid.png").exists()
+
+
+def test_folder_and_npz_hold_the_same_images_whatever_the_batch(ckpt, tmp_path):
+    script.main([*ckpt, "--steps", "2", "-n", "7", "--save", str(tmp_path / "png"), "--batch", "3"])
+    script.main([*ckpt, "--steps", "2", "-n", "7", "--save", str(tmp_path / "x.npz"), "--batch", "7"])
+    files = pictures(tmp_path / "png")
+    assert list(files) == [f"{i:05d}.png" for i in range(7)]
+    array = np.load(tmp_path / "x.npz", allow_pickle=False)["arr_0"]
+    assert array.shape == (7, 8, 8, 3) and array.dtype == np.uint8
+    assert np.abs(array.astype(int) - np.stack(list(files.values()))).max() <= 1
+    assert not (tmp_path / "x.npz.raw").exists()
+
+
+def test_averaged_and_raw_weights_give_other_images(ckpt, tmp_path):
+    for flags, name in (([], "a.npz"), (["--raw"], "b.npz")):
+        script.main([*ckpt, "--steps", "2", "-n", "2", "--save", str(tmp_path / name), *flags])
+    a, b = (np.load(tmp_path / name)["arr_0"] for name in ("a.npz", "b.npz"))
+    assert (a != b).mean() > 0.1
+
+
+def test_a_folder_is_completed_not_drawn_again(ckpt, tmp_path, monkeypatch):
+    args = [*ckpt, "--steps", "2", "--save", str(tmp_path / "png"), "-n"]
+    script.main([*args, "6"])
+    whole = pictures(tmp_path / "png")
+    for i in (1, 4):
+        (tmp_path / "png" / f"{i:05d}.png").unlink()
+    drawn = []
+    original = script.Sampler.__call__
+    monkeypatch.setattr(script.Sampler, "__call__", lambda self, i, *a: (drawn.extend(i), original(self, i, *a))[1])
+    script.main([*args, "8"])                                           # and two more than before
+    assert drawn == [1, 4, 6, 7]
+    now = pictures(tmp_path / "png")
+    assert len(now) == 8 and all(np.abs(now[k].astype(int) - whole[k]).max() <= 1 for k in whole)
+
+
+def test_a_killed_npz_goes_on(tmp_path):
+    make_checkpoint(tmp_path / "ckpt.pt")
+    args = [sys.executable, str(ROOT / "sample.py"), "--ckpt", str(tmp_path / "ckpt.pt"), "--device", "cpu",
+            "--dtype", "fp32", "--steps", "4", "-n", "100", "--batch", "4", "--save"]
+    child = subprocess.Popen([*args, str(tmp_path / "x.npz")], stderr=subprocess.PIPE)
+    raw = tmp_path / "x.npz.raw"
+    while not raw.exists() or raw.stat().st_size < 192 * 8:
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL and not (tmp_path / "x.npz").exists()
+    with open(raw, "ab") as f:
+        f.write(b"half an image")
+    kept = raw.stat().st_size // 192
+    assert kept < 100
+    for name in ("x.npz", "whole.npz"):
+        subprocess.run([*args, str(tmp_path / name)], check=True, capture_output=True)
+    a, b = (np.load(tmp_path / name)["arr_0"] for name in ("x.npz", "whole.npz"))
+    assert np.abs(a.astype(int) - b).max() <= 1 and len(a) == 100
+
+
+def test_samples_of_other_settings_are_not_mixed(ckpt, tmp_path):
+    for target in ("png", "x.npz"):
+        args = [*ckpt, "-n", "2", "--save", str(tmp_path / target), "--steps"]
+        script.main([*args, "2"])
+        with pytest.raises(SystemExit, match="made with another steps"):
+            script.main([*args, "4"])
+        with pytest.raises(SystemExit, match="made with another seed"):
+            script.main([*args, "2", "--seed", "3"])
+        script.main([*args, "4", "--overwrite"])
+    assert json.loads((tmp_path / "png" / "settings.json").read_text())["steps"] == 4
+    with pytest.raises(SystemExit, match="made with another ckpt"):
+        make_checkpoint(tmp_path / "ckpt.pt", classes=3)
+        script.main([*args, "4"])
+
+
+def test_a_folder_of_foreign_images_is_refused(ckpt, tmp_path):
+    (tmp_path / "mine").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "mine" / "00001.png")
+    with pytest.raises(SystemExit, match="choose another --save"):
+        script.main([*ckpt, "-n", "2", "--save", str(tmp_path / "mine"), "--steps", "2"])
+    assert (tmp_path / "mine" / "00001.png").exists()
+
+
+def test_classes_are_chosen_by_name_or_number_and_saved(ckpt3, tmp_path):
+    args = [*ckpt3, "-n", "5", "--steps", "2", "--save"]
+    script.main([*args, str(tmp_path / "all.npz")])
+    assert list(np.load(tmp_path / "all.npz")["arr_1"]) == [0, 1, 2, 0, 1]
+    script.main([*args, str(tmp_path / "two.npz"), "--class", "owl", "1"])
+    assert list(np.load(tmp_path / "two.npz")["arr_1"]) == [2, 1, 2, 1, 2]
+    script.main([*args, str(tmp_path / "guided.npz"), "--class", "owl", "1", "--guidance", "3"])
+    a, b = (np.load(tmp_path / name)["arr_0"] for name in ("two.npz", "guided.npz"))
+    assert (a != b).any()
+
+
+def test_guidance_is_the_formula_with_the_null_class(tmp_path):
+    net = make_checkpoint(tmp_path / "ckpt.pt", classes=3)
+    state = dict(schedule="cosine", predicts="v", shape=[3, 8, 8])
+    sampler = script.Sampler(net, state, torch.device("cpu"), "fp32", [2], 2.5)
+    z = noise(0, [0], (3, 8, 8))
+    guided = lambda z, t: net(z, t, torch.tensor([3])) * -1.5 + net(z, t, torch.tensor([2])) * 2.5  # noqa: E731
+    assert_close(sampler([0], 3), sample(Denoiser(guided, Cosine()), z, 3), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("flags,message", [
+    (["--save", "x"], "--save needs -n and exactly one step count"),
+    (["--save", "x", "-n", "5", "--steps", "2", "4"], "--save needs -n and exactly one step count"),
+    (["--steps", "0"], "must be at least 1"),
+    (["--out", "grid.jpg"], "the grid is a .png"),
+    (["--class", "cat"], "trained without --classes"),
+    (["--guidance", "2"], "trained without --classes"),
+    (["--ckpt", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+])
+def test_bad_flags_are_explained_in_one_line(ckpt, flags, message, capsys):
+    with pytest.raises(SystemExit) as e:
+        script.main([*ckpt, *flags])
+    text = capsys.readouterr().err.strip().splitlines()[-1] if e.value.code == 2 else str(e.value)
+    assert message in text and "\n" not in text
+
+
+def test_an_unknown_class_lists_the_known_ones(ckpt3):
+    with pytest.raises(SystemExit, match="no class 'cow'; this model has cat, dog, owl"):
+        script.main([*ckpt3, "--class", "cow"])
