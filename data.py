@@ -9,7 +9,6 @@ packed once into one file of raw uint8 pixels, which is then mapped into memory:
 bedrooms need 37 GB of disk at 64x64, and hardly any memory. Packing goes on where it was interrupted.
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -24,6 +23,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: packing works, but two runs must not pack the same data at once
+    fcntl = None
 
 VERSION = 1     # of the packing: a change to what is drawn or how it is resized must raise it
 CHUNK = 1024    # images packed between two entries of the journal
@@ -199,7 +203,9 @@ class Files:
             with zipfile.ZipFile(self.path) as z:
                 names = [i.filename for i in z.infolist() if not i.is_dir()]
         except zipfile.BadZipFile:
-            raise DataError(f"error: {self.path} is not a zip file (--data: a folder, a zip or an LMDB folder)") from None
+            raise DataError(f"error: {self.path} is no zip file (--data: a folder, a zip or an LMDB folder)") from None
+        except OSError as e:
+            raise DataError(f"error: can't read {self.path} ({e.strerror or e})") from None
         info = self.path.stat()
         return f"{info.st_size} {info.st_mtime_ns}", names
 
@@ -337,7 +343,8 @@ def _pack(source, folder, size, crop):
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder / "meta.json").exists():
             return
         journal = _read_journal(folder / "journal.jsonl", folder / "images.u8", 3 * size * size)

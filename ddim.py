@@ -140,7 +140,7 @@ class Denoiser:
         return cls(net, SCHEDULES[state["schedule"]](), state["predicts"], net.config.classes or None)
 
     def output(self, z, t, y=None, w=1.0):
-        """The network's own output; if w ≠ 1 guided: null + w (class − null), one doubled batch (Ho & Salimans 2022)."""
+        """The network's own output; if w ≠ 1 guided: null + w (class − null), in one batch (Ho & Salimans 2022)."""
         if y is None:
             return self.net(z, t)
         if w == 1.0:

@@ -361,8 +361,11 @@ def load_model(path, device="cpu", ema=True):
 
 def file_hash(path):
     """The first 16 digits of a file's SHA-256: which checkpoint an image or a score came from."""
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def config_dict(config):

@@ -70,7 +70,7 @@ def training_loss(xhat, x, y, b, step=STEP):
 
     ‖·‖² is the mean over pixels. v̂_t and x' come from the same evaluation, and b = 0 never makes the second.
     """
-    t = 1 - torch.rand(len(x), device=x.device)
+    t = 1 - torch.rand(len(x), dtype=x.dtype, device=x.device)
     eps = torch.randn_like(x)
     a, s = xhat.schedule(t)
     z = a * x + s * eps                                       # z_t

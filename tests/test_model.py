@@ -156,7 +156,7 @@ def test_unusable_checkpoints_are_one_line_errors_and_run_nothing(tmp_path, caps
     (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:1000])
     (tmp_path / "text.pt").write_text("hello")
     torch.save({"weights": 1}, tmp_path / "other.pt")
-    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Malicious()))
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Malicious(), protocol=2))
     torch.save(Malicious(), tmp_path / "evil2.pt")
     (tmp_path / "folder.pt").mkdir()
     for name in ("missing.pt", "cut.pt", "text.pt", "other.pt", "evil.pt", "evil2.pt", "folder.pt"):

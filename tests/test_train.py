@@ -87,7 +87,7 @@ def test_a_handful_of_images_is_learnt(tmp_path):
     assert distance.min(1).values.median() < 0.3   # the colours lie more than 1.5 apart
     assert len(set(distance.argmin(1).tolist())) == 4
     log = log_of(tmp_path / "out")
-    assert log[-1]["v"] < 0.3 * log[0]["v"]
+    assert log[-1]["v"] < 0.5 * log[0]["v"]
 
 
 def test_warmup_clipping_and_ema_are_what_the_formulas_say(tiny, tmp_path):
