@@ -57,9 +57,9 @@ def draw_picture(index, size, seed=0):
     top, bottom = (0.5 * c + 110 for c in (top, bottom))      # pale: the shape stands out
     ramp = np.linspace(0, 1, big)[:, None, None]
     image = Image.fromarray(np.uint8(np.broadcast_to(ramp * bottom + (1 - ramp) * top, (big, big, 3))))
-    r = big * rng.uniform(0.33, 0.42)
+    r = big * rng.uniform(0.38, 0.44)
     centre = complex(*rng.uniform(r * 1.05, big - r * 1.05, 2))
-    pen = _Pen(ImageDraw.Draw(image), centre, r, rng.uniform(-0.2, 0.2))
+    pen = _Pen(ImageDraw.Draw(image), centre, r, rng.uniform(-0.12, 0.12))
     _DRAW[SHAPES[index % len(SHAPES)]](pen, tuple(np.uint8(fore).tolist()), tuple(np.uint8(part).tolist()))
     return np.asarray(image.resize((size, size), Image.Resampling.BOX))
 

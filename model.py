@@ -56,8 +56,8 @@ class UNetConfig:
 # The networks of train.py's presets, by name; parameters counted with `param_count`. The paper does
 # not give the size of its 64x64 models: `unet64` is a common size for that resolution.
 CONFIGS = {
-    "toy": dict(channels=32, mult=(1, 1, 2, 3), blocks=1, attention=(), groups=8),
-    "small32": dict(channels=64, mult=(1, 2, 2), blocks=2, attention=(2, 4)),
+    "toy": dict(channels=32, mult=(1, 2, 4), blocks=1, attention=(), groups=8),
+    "small32": dict(channels=32, mult=(1, 1, 2, 4), blocks=1, attention=(), groups=8),
     "unet64": dict(channels=128, mult=(1, 2, 2, 2), blocks=2, attention=(4, 8), head_channels=64, dropout=0.1),
 }
 

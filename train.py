@@ -46,8 +46,8 @@ from model import (
 PAPER = dict(size=64, model="unet64", batch=128, warmup=1000, ema=0.9999,
              log_every=50, sample_every=5000, save_every=1000, sample_steps=128, needs_data=True)
 PRESETS = {
-    "toy": dict(size=32, model="toy", updates=1000, batch=64, lr=1e-3, warmup=100, ema=0.99,
-                log_every=10, sample_every=250, save_every=250, sample_steps=32),
+    "toy": dict(size=16, model="toy", updates=2500, batch=32, lr=1e-3, warmup=100, ema=0.995,
+                log_every=20, sample_every=500, save_every=500, sample_steps=32),
     "celeba64": PAPER | dict(updates=65_000, lr=1e-4, crop=140 / 178),   # the usual 140 of 178 pixels
     "bedroom64": PAPER | dict(updates=50_000, lr=4e-4),
     "church64": PAPER | dict(updates=40_000, lr=4e-4),
