@@ -186,9 +186,13 @@ class Files:
         self.labels, self.classes = _labels(self.names)
 
     def _list_folder(self):
-        digest, names = hashlib.sha256(), []
+        digest, names, seen = hashlib.sha256(), [], set()
         for root, dirs, files in os.walk(self.path, followlinks=True):
             dirs.sort()
+            if os.path.realpath(root) in seen:                # a link that leads back up
+                dirs.clear()
+                continue
+            seen.add(os.path.realpath(root))
             for name in sorted(files):
                 try:
                     info = os.stat(os.path.join(root, name))
@@ -252,10 +256,11 @@ class LSUN:
         self.fingerprint = f"{info.st_size} {info.st_mtime_ns} {self.count}"
 
     def items(self, start, size):
-        with self.env.begin() as txn:
-            for i, (key, value) in enumerate(txn.cursor()):   # in key order: one pass over the disk
-                if i >= start:
-                    yield key.decode(errors="replace"), (lambda v=value: v), -1
+        with self.env.begin() as txn, txn.cursor() as cursor:
+            for _ in range(start + 1):                        # to item `start`, without reading the images before it
+                cursor.next()
+            for key, value in cursor.iternext():              # in key order: one pass over the disk
+                yield key.decode(errors="replace"), (lambda v=value: v), -1
 
 
 def open_source(path):

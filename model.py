@@ -45,6 +45,8 @@ class UNetConfig:
     def __post_init__(self):
         for name in ("mult", "attention"):  # lists, as they come from JSON or the command line, will do
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if min(self.channels, self.blocks, self.groups, *self.mult) < 1:
+            raise ValueError("channels, mult, blocks and groups must be at least 1")
         if self.channels % self.groups:
             raise ValueError(f"channels = {self.channels} must be a multiple of groups = {self.groups}")
         attending = {m * self.channels for i, m in enumerate(self.mult) if 2 ** i in self.attention}
@@ -288,9 +290,9 @@ def param_count(net):
 
 
 def pick_device(name="auto"):
-    """`--device`: a torch device; auto takes CUDA, then Apple's MPS, then the CPU."""
+    """`--device`: a torch device; auto takes CUDA, else the CPU. Exits if it can't be used."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as e:
@@ -306,7 +308,8 @@ def pick_dtype(name, device):
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    cpu = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return "bf16" if cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
 def autocast(device, dtype):
@@ -321,14 +324,21 @@ class CheckpointError(SystemExit):
 
 
 def save_checkpoint(path, state):
-    """Write a dict of tensors and plain values, so that `path` always holds a whole file, old or new."""
+    """Write a dict of tensors and plain values, so that `path` always holds a whole file, old or new.
+
+    Raises CheckpointError when the disk is full or the folder can't be written.
+    """
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())        # on the disk before the name is, or a power cut could leave an empty file
-    os.replace(tmp, path)
+    try:
+        with open(tmp, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())    # on the disk before the name is, or a power cut could leave an empty file
+        os.replace(tmp, path)
+    except OSError as e:
+        tmp.unlink(missing_ok=True)
+        raise CheckpointError(f"error: can't write {path} ({e.strerror or e}); the old one is untouched") from None
 
 
 def load_checkpoint(path, device="cpu"):

@@ -181,7 +181,7 @@ def parse_args(argv=None):
     p.add_argument("--raw", action="store_true", help="the weights themselves instead of their average (EMA)")
     p.add_argument("--batch", type=int, default=64, help="images at a time with --save (default: 64)")
     p.add_argument("--overwrite", action="store_true", help="delete the samples that --save finds there")
-    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps … (default: the best there is)")
+    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     p.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
                    help="precision of the network's insides (default: bf16 where the hardware has it)")
     args = p.parse_args(argv)

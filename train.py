@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ from model import (
 PAPER = dict(size=64, model="unet64", batch=128, warmup=1000, ema=0.9999,
              log_every=50, sample_every=5000, save_every=1000, sample_steps=128, needs_data=True)
 PRESETS = {
-    "toy": dict(size=16, model="toy", updates=2500, batch=32, lr=1e-3, warmup=100, ema=0.995,
+    "toy": dict(size=16, model="toy", updates=2000, batch=32, lr=1e-3, warmup=100, ema=0.995,
                 log_every=20, sample_every=500, save_every=500, sample_steps=32),
     "celeba64": PAPER | dict(updates=65_000, lr=1e-4, crop=140 / 178),   # the usual 140 of 178 pixels
     "bedroom64": PAPER | dict(updates=50_000, lr=4e-4),
@@ -231,25 +232,34 @@ def catch_signals():
 # ---- the folder of a run ------------------------------------------------------------------------------
 
 
-def prepare_out(args, files=("ckpt.pt", "log.jsonl", "samples-*.png")):
-    """Claim the folder OUT, which may hold another run: --resume continues it, --overwrite deletes it, else refuse.
+RUN_FILES = "ckpt.pt", "log.jsonl", "samples-*.png"
 
-    Returns the checkpoint to resume from, or None. Called last of all checks, so that a typing error deletes nothing.
-    """
+
+def check_out(args, files=RUN_FILES):
+    """Look at OUT before any work: the checkpoint to --resume from, or None. Exits if a run is in the way."""
     out = Path(args.out)
-    old = [f for pattern in files for f in sorted(out.glob(pattern))]
     if args.resume:
         state = load_checkpoint(out / "ckpt.pt")
         if state["step"] >= args.updates:
             sys.exit(f"{out} is finished ({state['step']} updates); --updates N asks for more")
-        _cut_log(out / "log.jsonl", state["step"])
         return state
-    if old and not args.overwrite:
+    if any(f for pattern in files for f in out.glob(pattern)) and not args.overwrite:
         sys.exit(f"error: {out} holds a run already: --resume goes on, --overwrite deletes it, --out takes another")
-    for f in old:
-        f.unlink()
-    out.mkdir(parents=True, exist_ok=True)
     return None
+
+
+def claim_out(args, state, files=RUN_FILES):
+    """Make OUT ready for the first update: an old run goes, after all checks, lest a typing error delete it."""
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if state:
+            _cut_log(out / "log.jsonl", state["step"])
+        else:
+            for f in [f for pattern in files for f in out.glob(pattern)]:
+                f.unlink()
+    except OSError as e:
+        sys.exit(f"error: can't write to {out} ({e.strerror})")
 
 
 def _cut_log(path, step):
@@ -303,19 +313,20 @@ def parse_args(argv=None):
     g = p.add_argument_group("the method")
     g.add_argument("--distill", type=float, nargs="?", const=0.15, default=0.0, metavar="b",
                    help="weight b of the self-distillation term in Equation 1; the paper uses 0.15; 0: plain training")
-    g.add_argument("--updates", type=int, metavar="P", help="optimiser steps in all")
-    g.add_argument("--batch", type=int, help="images per update")
-    g.add_argument("--lr", type=float, help="learning rate after warm-up")
-    g.add_argument("--warmup", type=int, help="updates over which the learning rate rises from 0")
+    g.add_argument("--updates", type=int, metavar="P", help="optimiser steps in all (default: %(default)s)")
+    g.add_argument("--batch", type=int, help="images per update (default: %(default)s)")
+    g.add_argument("--lr", type=float, help="learning rate after warm-up (default: %(default)s)")
+    g.add_argument("--warmup", type=int, help="updates over which it rises from 0 (default: %(default)s)")
     g.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.999], help="of Adam (default: 0.9 0.999)")
     g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default: 1)")
-    g.add_argument("--ema", type=float, help="decay of the weight average that samples are drawn from")
+    g.add_argument("--ema", type=float,
+                   help="decay of the weight average that samples are drawn from (default: %(default)s)")
     g.add_argument("--seed", type=int, default=0, help="of weights, batches and noise (default: 0)")
 
     g = p.add_argument_group("the data")
     g.add_argument("--data", metavar="PATH",
                    help="folder or zip of images, or an LSUN LMDB folder (default: the built-in pictures)")
-    g.add_argument("--size", type=int, help="side of the training images in pixels")
+    g.add_argument("--size", type=int, help="side of the training images in pixels (default: %(default)s)")
     g.add_argument("--crop", type=float,
                    help="centre crop before resizing: in pixels (CelebA: 140), or < 1: a share of the shorter side")
     g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
@@ -325,7 +336,7 @@ def parse_args(argv=None):
     g.add_argument("--cache", metavar="DIR", help="where packed images are kept (default: $DSD_CACHE or ~/.cache/dsd)")
 
     g = p.add_argument_group("the model (each of these beats what --model says)")
-    g.add_argument("--model", choices=CONFIGS, help="size of the UNet, by name")
+    g.add_argument("--model", choices=CONFIGS, help="size of the UNet, by name (default: %(default)s)")
     g.add_argument("--channels", type=int, help="width at full resolution")
     g.add_argument("--mult", type=int, nargs="+", help="width of each level, in units of --channels")
     g.add_argument("--blocks", type=int, help="residual blocks per level")
@@ -335,11 +346,13 @@ def parse_args(argv=None):
 
     g = p.add_argument_group("the run")
     g.add_argument("--overwrite", action="store_true", help="delete the run that --out holds")
-    g.add_argument("--log-every", type=int, metavar="N", help="updates between two lines of log.jsonl")
-    g.add_argument("--sample-every", type=int, metavar="N", help="updates between two sample grids; 0: none")
-    g.add_argument("--sample-steps", type=int, metavar="S", help="DDIM steps of those samples")
-    g.add_argument("--save-every", type=int, metavar="N", help="updates between two checkpoints")
-    g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps … (default: the best there is)")
+    g.add_argument("--log-every", type=int, metavar="N",
+                   help="updates between two lines of log.jsonl (default: %(default)s)")
+    g.add_argument("--sample-every", type=int, metavar="N",
+                   help="updates between two sample grids; 0: none (default: %(default)s)")
+    g.add_argument("--sample-steps", type=int, metavar="S", help="DDIM steps of those samples (default: %(default)s)")
+    g.add_argument("--save-every", type=int, metavar="N", help="updates between two checkpoints (default: %(default)s)")
+    g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
                    help="precision of the network's insides (default: bf16 where the hardware has it)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
@@ -357,26 +370,28 @@ def parse_args(argv=None):
 
 def _check(p, args):
     """Refuse values that can't work before anything is touched."""
-    for name in ("updates", "batch", "size", "log_every", "save_every", "sample_steps"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
+    least = dict(updates=1, batch=1, size=1, log_every=1, save_every=1, sample_steps=1,
+                 sample_every=0, warmup=0, seed=0)
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            p.error(f"--{name.replace('_', '-')} must be at least {value}")
     if not 0 <= args.distill <= 1:
         p.error("--distill must be between 0 and 1: it is b in Equation 1")
     if not 0 <= args.ema < 1:
         p.error("--ema must be at least 0 and below 1")
-    if not (args.lr > 0 and math.isfinite(args.lr)):
-        p.error("--lr must be a positive number")
-    if args.crop is not None and args.crop <= 0:
-        p.error("--crop must be positive")
+    for name in ("lr", "clip", "crop"):
+        value = getattr(args, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            p.error(f"--{name} must be a positive number")
     if getattr(args, "needs_data", False) and args.data is None:
         p.error(f"--preset {args.preset} trains on real images: give their folder, zip or LMDB as --data")
 
 
-def make_config(args, classes):
-    """The UNet's config from --model and the flags that beat it."""
+def make_config(args):
+    """The UNet's config from --model and the flags that beat it. Exits if it can't be built or does not fit --size."""
     flags = {k: getattr(args, k) for k in ("channels", "mult", "blocks", "attention", "head_channels", "dropout")}
     try:
-        config = UNetConfig(**CONFIGS[args.model] | {k: v for k, v in flags.items() if v is not None}, classes=classes)
+        config = UNetConfig(**CONFIGS[args.model] | {k: v for k, v in flags.items() if v is not None})
     except ValueError as e:
         sys.exit(f"error: {e}")
     if args.size % 2 ** (len(config.mult) - 1):
@@ -389,15 +404,16 @@ def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     args.dtype = pick_dtype(args.dtype, device)
+    state, config = check_out(args), make_config(args)
     images = load_data(args.data, args.size, args.crop, args.cache)
     if args.classes and not images.classes:
         sys.exit(f"error: --classes needs labels, and {args.data} has none (sub-folders name the classes)")
     torch.manual_seed(args.seed)
     classes = images.classes if args.classes else []
-    run = Run(args, UNet(make_config(args, len(classes))), device, classes)
-    state = prepare_out(args)
+    run = Run(args, UNet(replace(config, classes=len(classes))), device, classes)
     if state:
         run.load(state)
+    claim_out(args, state)
     print(f"{len(images):,} images of {args.size}x{args.size}, {param_count(run.net) / 1e6:.2f} M parameters, "
           f"{args.updates:,} updates of {args.batch} images on {device} in {args.dtype}, distill {args.distill}")
 
@@ -409,8 +425,8 @@ def main(argv=None):
         return training_loss(xhat, x, drop_labels(y, len(classes)) if classes else None, args.distill)
 
     fit(run, losses, sample_picture)
-    print(f"done: {run.ckpt} and {run.out}/samples-{run.step:06d}.png; "
-          f"few-step samples side by side: python sample.py --ckpt {run.ckpt}")
+    pictures = f" and {run.out}/samples-{run.step:06d}.png" if args.sample_every else ""
+    print(f"done: {run.ckpt}{pictures}; few-step samples side by side: python sample.py --ckpt {run.ckpt}")
 
 
 if __name__ == "__main__":

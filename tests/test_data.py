@@ -107,6 +107,12 @@ def test_nested_folders_name_the_classes(tmp_path, cache):
     assert images.classes == ["cat", "dog"] and list(images.labels) == [0, 0, 0, 1, 1, 1]
 
 
+def test_links_that_lead_back_up_are_walked_once(tmp_path, cache):
+    folder = write(tmp_path / "x", {"a/1.png": png(photo(1)), "a/b/2.png": png(photo(2))})
+    (folder / "a" / "b" / "up").symlink_to(folder)
+    assert len(load_data(folder, 8, cache=cache)) == 2
+
+
 def test_a_stray_image_beside_the_class_folders_means_no_labels(tmp_path, cache):
     files = {"cat/1.png": png(photo(1)), "dog/1.png": png(photo(2)), "3.png": png(photo(3))}
     assert load_data(write(tmp_path / "pets", files), 8, cache=cache).classes == []

@@ -105,6 +105,7 @@ def test_output_stays_float32_under_autocast_and_close_to_it():
 
 @pytest.mark.parametrize("bad,message", [
     (dict(channels=20, groups=8), "multiple of groups"),
+    (dict(blocks=0), "must be at least 1"),
     (dict(channels=48, groups=8, head_channels=32, mult=(1, 1)), "do not divide into heads"),
 ])
 def test_impossible_configs_are_refused(bad, message):
@@ -143,6 +144,17 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
     with pytest.raises(Exception, match="pickle|Pickl"):
         save_checkpoint(tmp_path / "c.pt", {"config": lambda: 0})
     assert load_checkpoint(tmp_path / "c.pt")["step"] == 3
+
+
+def test_a_full_disk_is_a_one_line_error_and_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    save_checkpoint(tmp_path / "c.pt", state_of(UNet(TINY)))
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_checkpoint(tmp_path / "c.pt", state_of(UNet(TINY)) | {"step": 4})
+    assert load_checkpoint(tmp_path / "c.pt")["step"] == 3 and [p.name for p in tmp_path.iterdir()] == ["c.pt"]
 
 
 class Malicious:

@@ -94,7 +94,7 @@ def test_warmup_clipping_and_ema_are_what_the_formulas_say(tiny, tmp_path):
     args = train.parse_args([*tiny, "--updates", "9", "--lr", "0.5", "--warmup", "4", "--ema", "0.9"])
     args.dtype = "fp32"
     torch.manual_seed(0)
-    run = train.Run(args, train.UNet(train.make_config(args, 0)), torch.device("cpu"))
+    run = train.Run(args, train.UNet(train.make_config(args)), torch.device("cpu"))
     assert [run.lr() for run.step in range(6)] == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
     run.step = 0
     p, average = run.net.out.bias, run.ema.out.bias.clone()
@@ -206,7 +206,9 @@ def test_a_folder_with_a_run_is_only_touched_on_demand(tiny, tmp_path):
     (["--distill", "15"], "--distill must be between 0 and 1"),
     (["--ema", "1"], "--ema must be"),
     (["--lr", "nan"], "--lr must be a positive number"),
-    (["--crop", "-3"], "--crop must be positive"),
+    (["--crop", "-3"], "--crop must be a positive number"),
+    (["--clip", "0"], "--clip must be a positive number"),
+    (["--seed", "-1"], "--seed must be at least 0"),
     (["--size", "9"], "--size 9 must be divisible by 2"),
     (["--channels", "12"], "multiple of groups"),
     (["--device", "cuda:99"], "--device cuda:99 can't be used"),
