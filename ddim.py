@@ -82,13 +82,15 @@ class LDMDiscrete(Schedule):
         return self.alpha2.to(t.device)[index].sqrt()
 
     def times(self, steps):
-        """LDM's own rule where N divides 1000 (steps 1, 1 + c, 1 + 2c … with c = 1000 / N), rounded down elsewhere.
+        """LDM's own rule where N divides 1000 (steps 1, 1 + c, 1 + 2c … with c = 1000 / N), else t_i = i / N.
 
-        It ends on step 0, whose α is not quite 1: LDM's samples keep that trace of noise, and so do ours.
+        Both end on step 0, whose α is not quite 1: LDM's samples keep that trace of noise, and so do ours.
         """
         if not 1 <= steps < self.length:
             raise ValueError(f"steps must be between 1 and {self.length - 1} with this schedule, got {steps}")
-        return [(self.length * (i - 1) // steps + 1) / self.length for i in range(steps, 0, -1)] + [0.0]
+        if self.length % steps:
+            return super().times(steps)
+        return [(i - 1) / steps + 1 / self.length for i in range(steps, 0, -1)] + [0.0]
 
 
 SCHEDULES = {"cosine": Cosine, "ldm": LDMDiscrete}
