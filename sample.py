@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import sys
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,9 +67,9 @@ class Folder:
     def __init__(self, path, n, shape, settings, overwrite):
         self.path, self.n = path, n
         path.mkdir(parents=True, exist_ok=True)
-        old = sorted(path.glob("[0-9]*.png"))
+        old = [f for f in path.glob("*.png") if f.stem.isdigit()]
         if _keep(path / "settings.json", settings, bool(old), overwrite, path):
-            done = {int(f.stem) for f in old if f.stem.isdigit()}
+            done = {int(f.stem) for f in old}
         else:
             done = set()
             for f in old:
@@ -117,10 +116,8 @@ class Npz:
         if labels is not None:
             arrays["arr_1"] = labels.numpy()
         tmp = self.path.with_name(self.path.name + ".tmp")
-        with zipfile.ZipFile(tmp, "w", zipfile.ZIP_STORED, allowZip64=True) as z:
-            for name, array in arrays.items():                # written in pieces: 50,000 images need not fit in memory
-                with z.open(f"{name}.npy", "w", force_zip64=True) as f:
-                    np.lib.format.write_array(f, array)
+        with open(tmp, "wb") as f:
+            np.savez(f, **arrays)                             # in pieces: 50,000 images need not fit in memory
         os.replace(tmp, self.path)
         self.raw.unlink()
 
@@ -222,17 +219,20 @@ def main(argv=None):
         sampler.xhat.schedule.times(max(args.steps))
     except ValueError as e:
         sys.exit(f"error: {e}")
-    if args.save:
-        path = Path(args.save)
-        settings = dict(ckpt=file_hash(args.ckpt), steps=args.steps[0], seed=args.seed,
-                        classes=classes, guidance=args.guidance, weights="raw" if args.raw else "ema", dtype=dtype)
-        kind = Npz if path.suffix == ".npz" else Folder
-        target = kind(path, args.n, sampler.shape, settings, args.overwrite)
-        save_images(sampler, args.steps[0], args.n, args.batch, target)
-    else:
-        path = Path(args.out or Path(args.ckpt).parent)
-        path = path if path.suffix == ".png" else path / "grid.png"
-        draw_grid(sampler, args.steps, args.n, path)
+    path = Path(args.save or args.out or Path(args.ckpt).parent)
+    if not args.save and path.suffix != ".png":
+        path = path / "grid.png"
+    try:
+        if args.save:
+            settings = dict(ckpt=file_hash(args.ckpt), steps=args.steps[0], seed=args.seed, classes=classes,
+                            guidance=args.guidance, weights="raw" if args.raw else "ema", dtype=dtype)
+            kind = Npz if path.suffix == ".npz" else Folder
+            target = kind(path, args.n, sampler.shape, settings, args.overwrite)
+            save_images(sampler, args.steps[0], args.n, args.batch, target)
+        else:
+            draw_grid(sampler, args.steps, args.n, path)
+    except OSError as e:
+        sys.exit(f"error: can't write {path} ({e.strerror or e})")
     print(f"wrote {path}")
 
 

@@ -185,3 +185,18 @@ def test_bad_flags_are_explained_in_one_line(ckpt, flags, message, capsys):
 def test_an_unknown_class_lists_the_known_ones(ckpt3):
     with pytest.raises(SystemExit, match="no class 'cow'; this model has cat, dog, owl"):
         script.main([*ckpt3, "--class", "cow"])
+
+
+def test_an_unwritable_target_is_a_one_line_error(ckpt, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for flags in (["--save", str(tmp_path / "file" / "png"), "-n", "2"], ["--out", str(tmp_path / "file" / "g.png")]):
+        with pytest.raises(SystemExit, match="error: can't write"):
+            script.main([*ckpt, "--steps", "2", *flags])
+
+
+def test_overwriting_spares_files_that_are_no_samples(ckpt, tmp_path):
+    args = [*ckpt, "-n", "2", "--save", str(tmp_path / "png"), "--steps"]
+    script.main([*args, "2"])
+    Image.new("RGB", (8, 8)).save(tmp_path / "png" / "2026-holiday.png")
+    script.main([*args, "4", "--overwrite"])
+    assert set(pictures(tmp_path / "png")) == {"00000.png", "00001.png", "2026-holiday.png"}
