@@ -18,12 +18,14 @@ import hashlib
 import math
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,10 @@ class ResBlock(nn.Module):
 def attend(q, k, v):
     """softmax(q kᵀ / √d) v over tokens. q (B, T, heads, d), k and v (B, S, heads, d) -> (B, T, heads · d)."""
     q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # (B, heads, T, d)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    # On a CPU the fused kernel's backward is several times slower than plain products at these few tokens.
+    plain = q.device.type == "cpu" and q.requires_grad and q.shape[2] <= 256
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
