@@ -472,8 +472,8 @@ class Images:
 
 
 def to_tensor(pixels):
-    """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in [-1, 1], in channels-last order."""
-    return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
 def to_pixels(x):

@@ -317,6 +317,11 @@ def pick_dtype(name, device):
     return "bf16" if cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
+def memory_format(device):
+    """The order of an image's values in memory that convolutions like best: pixels first, channels last on a GPU."""
+    return torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
+
+
 def autocast(device, dtype):
     """Run convolutions and matrix products in bfloat16, weights and losses staying float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
@@ -365,7 +370,7 @@ def load_model(path, device="cpu", ema=True):
     known = {f.name for f in fields(UNetConfig)}
     if not state["config"].keys() <= known:
         raise CheckpointError(f"error: {path}: unknown model settings {sorted(state['config'].keys() - known)}")
-    net = UNet(UNetConfig(**state["config"])).to(device, memory_format=torch.channels_last)
+    net = UNet(UNetConfig(**state["config"])).to(device, memory_format=memory_format(device))
     try:
         net.load_state_dict(state["ema" if ema else "weights"])
     except RuntimeError as e:

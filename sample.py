@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data import save_grid, to_pixels
 from ddim import Denoiser, noise, sample
-from model import autocast, file_hash, load_model, pick_device, pick_dtype
+from model import autocast, file_hash, load_model, memory_format, pick_device, pick_dtype
 
 # ---- one batch, one grid ------------------------------------------------------------------------------
 
@@ -45,7 +45,7 @@ class Sampler:
 
     def __call__(self, indices, steps, bar=None):
         """Images number `indices` (B, C, H, W) in about [-1, 1], float32 on the device."""
-        z = noise(self.seed, indices, self.shape).to(self.device, memory_format=torch.channels_last)
+        z = noise(self.seed, indices, self.shape).to(self.device, memory_format=memory_format(self.device))
         y = self.labels(indices)
         with autocast(self.device, self.dtype):
             return sample(self.xhat, z, steps, y if y is None else y.to(self.device), self.w, bar)

@@ -36,6 +36,7 @@ from model import (
     autocast,
     config_dict,
     load_checkpoint,
+    memory_format,
     param_count,
     pick_device,
     pick_dtype,
@@ -104,7 +105,7 @@ class Run:
     def __init__(self, args, net, device, classes=()):
         self.args, self.device, self.out = args, device, Path(args.out)
         self.shape, self.classes = [net.config.in_channels, args.size, args.size], list(classes)
-        self.net = net.to(device, memory_format=torch.channels_last)    # 1.3x faster on CPU and GPU than NCHW
+        self.net = net.to(device, memory_format=memory_format(device))
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.model = torch.compile(self.net) if args.compile else self.net
         self.opt = torch.optim.Adam(self.net.parameters(), lr=args.lr, betas=tuple(args.betas), fused=True)
@@ -282,7 +283,7 @@ def batches(images, args, start, device):
             future = fetch(start)
             if device.type == "cuda":
                 x, y = x.pin_memory(), y.pin_memory()
-            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            yield x.to(device, non_blocking=True, memory_format=memory_format(device)), y.to(device, non_blocking=True)
 
 
 def sample_picture(run, count=80, columns=10):
@@ -290,7 +291,7 @@ def sample_picture(run, count=80, columns=10):
     a, c = run.args, run.net.config
     y = torch.arange(count, device=run.device) % c.classes if c.classes else None
     xhat = Denoiser(run.ema, SCHEDULES["cosine"](), "v", null=c.classes)
-    z = noise(a.seed, range(count), run.shape).to(run.device, memory_format=torch.channels_last)
+    z = noise(a.seed, range(count), run.shape).to(run.device, memory_format=memory_format(run.device))
     with run.autocast():
         x = sample(xhat, z, a.sample_steps, y)
     save_grid(x, run.out / f"samples-{run.step:06d}.png", columns)
