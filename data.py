@@ -244,7 +244,7 @@ class LSUN:
             import lmdb
         except ImportError:
             raise DataError("error: reading LSUN's LMDB needs the package lmdb: pip install lmdb") from None
-        self.path, self.name = path, path.name.removesuffix("_lmdb")
+        self.path, self.name, self.lmdb = path, path.name.removesuffix("_lmdb"), lmdb
         try:
             self.env = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
             self.count = self.env.stat()["entries"]
@@ -256,11 +256,16 @@ class LSUN:
         self.fingerprint = f"{info.st_size} {info.st_mtime_ns} {self.count}"
 
     def items(self, start, size):
-        with self.env.begin() as txn, txn.cursor() as cursor:
-            for _ in range(start + 1):                        # to item `start`, without reading the images before it
-                cursor.next()
-            for key, value in cursor.iternext():              # in key order: one pass over the disk
-                yield key.decode(errors="replace"), (lambda v=value: v), -1
+        if start >= self.count:                               # a cursor moved past the end would begin again
+            return
+        try:
+            with self.env.begin() as txn, txn.cursor() as cursor:
+                for _ in range(start + 1):                    # to item `start`, without reading the images before it
+                    cursor.next()
+                for key, value in cursor.iternext():          # in key order: one pass over the disk
+                    yield key.decode(errors="replace"), (lambda v=value: v), -1
+        except self.lmdb.Error as e:
+            raise DataError(f"error: {self.path} can't be read to its end ({e})") from None
 
 
 def open_source(path):
@@ -288,10 +293,10 @@ def to_rgb(image):
 
 
 def centre_square(width, height, crop=None):
-    """The centred square (left, top, right, bottom), in pixels: `crop` wide, or a share of the shorter side if < 1."""
+    """The centred square (left, top, right, bottom) in pixels: `crop` wide, or if <= 1 that share of the shorter side."""
     side = min(width, height)
     if crop:
-        side = min(side, round(side * crop) if crop < 1 else round(crop))
+        side = min(side, round(side * crop) if crop <= 1 else round(crop))
     left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side
 
@@ -321,7 +326,7 @@ def load_data(path=None, size=32, crop=None, cache=None):
 
     path   None (the built-in pictures), a folder, a zip, or an LSUN LMDB folder
     size   side of the square images in pixels
-    crop   side of the centre crop in the source's pixels, or < 1 as a share of its shorter side; None: all of it
+    crop   side of the centre crop in the source's pixels, or <= 1 as a share of its shorter side; None: all of it
     cache  folder for the packed file; its name holds a hash of the source (names, sizes, dates) and the settings
     """
     source = open_source(path)
@@ -337,6 +342,8 @@ def load_data(path=None, size=32, crop=None, cache=None):
         except OSError as e:
             raise DataError(f"error: can't write the packed data to {folder} ({e.strerror or e}); "
                             f"--cache names another folder") from None
+        except KeyboardInterrupt:
+            raise DataError(f"stopped packing {source.name}; the same command goes on from there") from None
     return Images(folder)
 
 

@@ -84,11 +84,12 @@ class LDMDiscrete(Schedule):
     def times(self, steps):
         """LDM's own rule where N divides 1000 (steps 1, 1 + c, 1 + 2c … with c = 1000 / N), else t_i = i / N.
 
-        Both end on step 0, whose α is not quite 1: LDM's samples keep that trace of noise, and so do ours.
+        N = 1 is i / N too: LDM's rule would show pure noise to the network as if it were step 1. Both rules
+        end on step 0, whose α is not quite 1: LDM's samples keep that trace of noise, and so do ours.
         """
         if not 1 <= steps < self.length:
             raise ValueError(f"steps must be between 1 and {self.length - 1} with this schedule, got {steps}")
-        if self.length % steps:
+        if self.length % steps or steps == 1:
             return super().times(steps)
         return [(i - 1) / steps + 1 / self.length for i in range(steps, 0, -1)] + [0.0]
 

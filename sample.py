@@ -68,12 +68,12 @@ class Folder:
         self.path, self.n = path, n
         path.mkdir(parents=True, exist_ok=True)
         old = [f for f in path.glob("*.png") if f.stem.isdigit()]
-        if _keep(path / "settings.json", settings, bool(old), overwrite, path):
-            done = {int(f.stem) for f in old}
-        else:
-            done = set()
-            for f in old:
-                f.unlink()
+        note = path / "settings.json"
+        keep = _keep(note, settings, bool(old), overwrite, path)
+        for f in [] if keep else old:
+            f.unlink()
+        note.write_text(json.dumps(settings, indent=1))       # after the old files: it vouches for all that is there
+        done = {int(f.stem) for f in old} if keep else set()
         self.todo = [i for i in range(n) if i not in done]
 
     def write(self, pool, indices, pixels):
@@ -99,6 +99,7 @@ class Npz:
         if not _keep(self.note, settings, path.exists() or self.raw.exists(), overwrite, path):
             path.unlink(missing_ok=True)
             self.raw.unlink(missing_ok=True)
+        self.note.write_text(json.dumps(settings, indent=1))
         done = n if path.exists() else 0
         if self.raw.exists():                                 # a batch that was cut off in the middle is drawn again
             done = self.raw.stat().st_size // np.prod(self.image)
@@ -125,17 +126,18 @@ class Npz:
 def _keep(note, settings, present, overwrite, path):
     """True if what lies at `path` was made with the same settings and may be continued; False if it must go.
 
-    Exits if there is something else at `path`, unless it may be overwritten.
+    Exits if other samples are there and may not be overwritten, or images that this script did not make.
     """
     try:
         old = json.loads(note.read_text())
     except (OSError, ValueError):
         old = None
+    if present and old is None:
+        sys.exit(f"error: {path} holds images that sample.py did not write; choose another --save")
     if present and not overwrite and old != settings:
-        other = [k for k in settings if (old or {}).get(k) != settings[k]]
+        other = [k for k in settings if old.get(k) != settings[k]]
         sys.exit(f"error: {path} holds samples made with another {', '.join(other)}; "
                  f"choose another --save, or --overwrite them")
-    note.write_text(json.dumps(settings, indent=1))
     return present and not overwrite
 
 
@@ -151,7 +153,7 @@ def save_images(sampler, steps, n, batch, target):
                 done += len(indices)
                 bar.update(len(indices))
     except KeyboardInterrupt:
-        print(f"stopped with {done:,} of {n:,} images in {target.path}; the same command goes on from there")
+        print(f"stopped with {done:,} of {n:,} images in {target.path}; the same command, without --overwrite, goes on")
         sys.exit(130)
     target.finish(sampler.labels(range(n)))
 

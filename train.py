@@ -158,6 +158,8 @@ class Run:
                      f"({str(e).splitlines()[1].strip()})")
         self.ema.load_state_dict(state["ema"])
         self.opt.load_state_dict(state["optimizer"])
+        for group in self.opt.param_groups:
+            group["betas"] = tuple(self.args.betas)           # flags beat the checkpoint, as everywhere
         self.step = state["step"]
         torch.set_rng_state(state["rng"]["cpu"].cpu())
         if self.device.type == "cuda" and len(state["rng"]["cuda"]) == torch.cuda.device_count():
@@ -172,15 +174,17 @@ def fit(run, losses, picture):
     """
     a, pending, since = run.args, [], time.perf_counter()
     every = lambda n: n and (run.step % n == 0 or run.step == a.updates)  # noqa: E731
-    with (catch_signals() as stopped, open(run.out / "log.jsonl", "a") as log,
+    with (disk_errors(run), catch_signals() as stopped, open(run.out / "log.jsonl", "a") as log,
           tqdm(total=a.updates, initial=run.step, unit="update", dynamic_ncols=True) as bar):
-        while run.step < a.updates and not stopped:
+        stop = False
+        while run.step < a.updates and not stop:
             with run.autocast():
                 loss, terms = losses(run.step)
             lr, norm = run.lr(), run.update(loss)
             pending.append(torch.stack([loss.detach(), norm, *(v.detach() for v in terms.values())]).float())
             bar.update()
-            if every(a.log_every) or every(a.save_every) or stopped:
+            stop = bool(stopped)                              # read once: the next update notices a later signal
+            if every(a.log_every) or every(a.save_every) or stop:
                 entry = _mean_of(run, pending, ["loss", "grad_norm", *terms], bar)
                 now = time.perf_counter()
                 entry |= dict(lr=lr, images_per_s=round(len(pending) * a.batch / (now - since), 1))
@@ -188,13 +192,13 @@ def fit(run, losses, picture):
                 log.flush()
                 bar.set_postfix({k: f"{entry[k]:.3g}" for k in ("loss", *terms)} | {"img/s": entry["images_per_s"]})
                 pending, since = [], now
-            if every(a.sample_every):
-                paused = time.perf_counter()
-                picture(run)
-                since += time.perf_counter() - paused         # drawing is not training: keep it out of images/s
-            if every(a.save_every) or stopped:
+            paused = time.perf_counter()
+            if every(a.save_every) or stop:
                 run.save()
-    if stopped:
+            if every(a.sample_every):
+                picture(run)
+            since += time.perf_counter() - paused             # neither is training: keep them out of images/s
+    if run.step < a.updates:
         print(f"stopped at update {run.step} of {a.updates}; saved {run.ckpt}. Go on with: "
               f"python {Path(sys.argv[0]).name} --resume --out {run.out}")
         sys.exit(130)
@@ -207,9 +211,22 @@ def _mean_of(run, pending, names, bar):
     if len(bad):
         bar.close()
         first = run.step - len(pending) + 1 + bad[0].item()
-        kept = f"{run.ckpt} holds the last good checkpoint" if run.ckpt.exists() else "there is no checkpoint yet"
-        sys.exit(f"error: loss or gradient not finite at update {first}; {kept}. Try a lower --lr, or --dtype fp32.")
+        sys.exit(f"error: loss or gradient not finite at update {first}; {_what_is_kept(run)}. "
+                 f"Try a lower --lr, or --dtype fp32.")
     return {"step": run.step} | dict(zip(names, values.mean(0).tolist(), strict=True))
+
+
+def _what_is_kept(run):
+    return f"{run.ckpt} holds the last good checkpoint" if run.ckpt.exists() else "there is no checkpoint yet"
+
+
+@contextlib.contextmanager
+def disk_errors(run):
+    """A disk that is full, or gone, ends a run in one line."""
+    try:
+        yield
+    except OSError as e:
+        sys.exit(f"error: can't write to {run.out} ({e.strerror or e}); {_what_is_kept(run)}")
 
 
 @contextlib.contextmanager
@@ -287,7 +304,7 @@ def batches(images, args, start, device):
 
 
 def sample_picture(run, count=80, columns=10):
-    """Sample grid from the averaged weights, always with the same noise; with classes, class i in column i mod 10."""
+    """Sample grid from the averaged weights, always with the same noise; with ten classes, each has its column."""
     a, c = run.args, run.net.config
     y = torch.arange(count, device=run.device) % c.classes if c.classes else None
     xhat = Denoiser(run.ema, SCHEDULES["cosine"](), "v", null=c.classes)
@@ -321,7 +338,8 @@ def parse_args(argv=None):
     g.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.999], help="of Adam (default: 0.9 0.999)")
     g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default: 1)")
     g.add_argument("--ema", type=float,
-                   help="decay of the weight average that samples are drawn from (default: %(default)s)")
+                   help="decay of the weight average that samples are drawn from; at update n at most "
+                        "(1 + n) / (10 + n), lest it remember the start (default: %(default)s)")
     g.add_argument("--seed", type=int, default=0, help="of weights, batches and noise (default: 0)")
 
     g = p.add_argument_group("the data")
@@ -329,7 +347,7 @@ def parse_args(argv=None):
                    help="folder or zip of images, or an LSUN LMDB folder (default: the built-in pictures)")
     g.add_argument("--size", type=int, help="side of the training images in pixels (default: %(default)s)")
     g.add_argument("--crop", type=float,
-                   help="centre crop before resizing: in pixels (CelebA: 140), or < 1: a share of the shorter side")
+                   help="centre crop before resizing: in pixels (CelebA: 140), or up to 1: a share of the shorter side")
     g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
                    help="mirror half of the images (default: on)")
     g.add_argument("--classes", action=argparse.BooleanOptionalAction, default=False,
@@ -343,7 +361,7 @@ def parse_args(argv=None):
     g.add_argument("--blocks", type=int, help="residual blocks per level")
     g.add_argument("--attention", type=int, nargs="*", help="attend where the image is this many times smaller")
     g.add_argument("--head-channels", type=int, help="channels per attention head")
-    g.add_argument("--dropout", type=float, help="in the residual blocks")
+    g.add_argument("--dropout", type=float, help="in the residual blocks; x' and x'' then see different masks")
 
     g = p.add_argument_group("the run")
     g.add_argument("--overwrite", action="store_true", help="delete the run that --out holds")
@@ -378,6 +396,8 @@ def _check(p, args):
             p.error(f"--{name.replace('_', '-')} must be at least {value}")
     if not 0 <= args.distill <= 1:
         p.error("--distill must be between 0 and 1: it is b in Equation 1")
+    if not all(0 <= beta < 1 for beta in args.betas):
+        p.error("--betas must be at least 0 and below 1")
     if not 0 <= args.ema < 1:
         p.error("--ema must be at least 0 and below 1")
     for name in ("lr", "clip", "crop"):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -101,6 +102,22 @@ def test_folder_zip_and_lmdb_give_the_same_images(tmp_path, cache):
     assert set(a.labels) == {-1}
 
 
+def test_an_lmdb_whose_packing_stopped_at_its_very_end_is_not_read_again(tmp_path, cache, monkeypatch):
+    lmdb = pytest.importorskip("lmdb")
+    path = tmp_path / "bedroom_val_lmdb"
+    with lmdb.open(str(path), map_size=1 << 22) as env, env.begin(write=True) as txn:
+        for i in range(5):
+            txn.put(str(i).encode(), png(photo(i)))
+
+    def interrupted(*a):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(DataError, match="stopped packing bedroom_val; the same command"):
+        m.setattr(data, "_finish", interrupted)
+        load_data(path, 8, cache=cache)
+    assert len(load_data(path, 8, cache=cache)) == 5
+
+
 def test_nested_folders_name_the_classes(tmp_path, cache):
     files = {f"root/{c}/sub{i}/{i}.png": png(photo(i)) for c in ("cat", "dog") for i in range(3)}
     images = load_data(write(tmp_path / "pets", files), 8, cache=cache)
@@ -195,6 +212,7 @@ def test_broken_files_are_skipped_with_one_line_and_keep_labels_in_step(tmp_path
     ((100, 60), None, (20, 0, 80, 60)),
     ((178, 218), 140, (19, 39, 159, 179)),                      # CelebA's convention
     ((89, 109), 140 / 178, (9, 19, 79, 89)),                    # the same share of half-size files
+    ((100, 60), 1, (20, 0, 80, 60)),                            # a share of 1: all of it
     ((50, 60), 140, (0, 5, 50, 55)),                            # a crop larger than the image: all of it
 ])
 def test_the_crop_is_centred(size, crop, box):
@@ -289,25 +307,24 @@ def test_two_runs_packing_at_once_end_with_one_good_cache(tmp_path, cache):
     assert len(list(cache.iterdir())) == 1
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_packed_images_stay_on_disk(cache):
     """Images are mapped, not loaded: opening 60 MB of pixels adds little to the memory of the process."""
     folder = cache / "big"
     folder.mkdir(parents=True)
     n, size = 20_000, 32
-    with open(folder / "images.u8", "wb") as f:
-        f.truncate(n * size * size * 3)
+    (folder / "images.u8").write_bytes(np.random.default_rng(0).bytes(n * size * size * 3))
     np.save(folder / "labels.npy", np.zeros(n, np.int32))
     (folder / "meta.json").write_text(json.dumps(dict(count=n, size=size, classes=[])))
-    images = data.Images(folder)
     before = resident()
+    images = data.Images(folder)
     images.batch(0, 64, seed=0)
     assert isinstance(images.pixels, np.memmap) and resident() - before < 20e6
 
 
 def resident():
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory of this process that are no file's: the system can't take them back when it needs some."""
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 # ---- batches and pictures ---------------------------------------------------------------------------------

@@ -163,6 +163,7 @@ def test_ldm_times_are_the_originals_where_n_divides_1000_and_exactly_n_elsewher
     assert steps(4) == [751, 501, 251, 1, 0]
     assert steps(2) == [501, 1, 0]
     assert steps(10)[:3] == [901, 801, 701] and steps(10)[-3:] == [101, 1, 0]
+    assert steps(1) == [1000, 0]
     assert steps(3) == [1000, 667, 333, 0]
     for n in (1, 3, 7, 64, 999):
         assert len(steps(n)) == n + 1 and all(np.diff(steps(n)) < 0) and steps(n)[-1] == 0

@@ -106,7 +106,7 @@ def test_output_stays_float32_under_autocast_and_close_to_it():
 @pytest.mark.parametrize("bad,message", [
     (dict(channels=20, groups=8), "multiple of groups"),
     (dict(blocks=0), "must be at least 1"),
-    (dict(channels=48, groups=8, head_channels=32, mult=(1, 1)), "do not divide into heads"),
+    (dict(channels=48, groups=8, head_channels=32, mult=(1, 1), attention=()), "do not divide into heads"),
 ])
 def test_impossible_configs_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
@@ -141,7 +141,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
     save_checkpoint(tmp_path / "c.pt", state_of(UNet(TINY)))
-    with pytest.raises(Exception, match="pickle|Pickl"):
+    with pytest.raises((AttributeError, pickle.PicklingError)):
         save_checkpoint(tmp_path / "c.pt", {"config": lambda: 0})
     assert load_checkpoint(tmp_path / "c.pt")["step"] == 3
 

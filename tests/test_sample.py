@@ -141,8 +141,9 @@ def test_samples_of_other_settings_are_not_mixed(ckpt, tmp_path):
 def test_a_folder_of_foreign_images_is_refused(ckpt, tmp_path):
     (tmp_path / "mine").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "mine" / "00001.png")
-    with pytest.raises(SystemExit, match="choose another --save"):
-        script.main([*ckpt, "-n", "2", "--save", str(tmp_path / "mine"), "--steps", "2"])
+    for flags in ([], ["--overwrite"]):
+        with pytest.raises(SystemExit, match="did not write; choose another --save"):
+            script.main([*ckpt, "-n", "2", "--save", str(tmp_path / "mine"), "--steps", "2", *flags])
     assert (tmp_path / "mine" / "00001.png").exists()
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import train
-from data import Images
+from data import load_data
 from ddim import Cosine, Denoiser, noise, sample
 from model import load_checkpoint, load_model
 
@@ -123,7 +123,7 @@ def test_classes_of_the_data_become_classes_of_the_model(tiny, tmp_path):
 
 def test_a_killed_and_resumed_run_ends_bit_identical(tiny, tmp_path):
     """SIGKILL in the middle; dropout, label dropout, flips, optimiser and EMA all go on as if nothing had happened."""
-    flags = [*tiny, "--updates", "30", "--distill", "0.15", "--classes", "--dropout", "0.1"]
+    flags = [*tiny, "--updates", "100", "--distill", "0.15", "--classes", "--dropout", "0.1"]
     child = run_script(flags)
     while not (tmp_path / "out" / "ckpt.pt").exists():
         assert child.poll() is None, child.stdout.read()
@@ -131,19 +131,29 @@ def test_a_killed_and_resumed_run_ends_bit_identical(tiny, tmp_path):
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     stopped_at = load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"]
-    assert 0 < stopped_at < 30
+    assert 0 < stopped_at < 100
     with open(tmp_path / "out" / "log.jsonl", "a") as f:      # what a kill may leave: entries after the checkpoint,
-        f.write('{"step": 29, "loss": 1}\n{"step": 30, "lo')  # and half a line
+        f.write('{"step": 99, "loss": 1}\n{"step": 100, "lo')  # and half a line
     child = run_script(["--resume", "--out", str(tmp_path / "out")])
     assert child.wait() == 0, child.stdout.read()
     whole = run_script([*flags, "--out", str(tmp_path / "whole")])
     assert whole.wait() == 0, whole.stdout.read()
     a, b = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("out", "whole"))
-    assert a["step"] == b["step"] == 30
+    assert a["step"] == b["step"] == 100
     assert weights_equal(a["weights"], b["weights"]) and weights_equal(a["ema"], b["ema"])
     assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
     strip = lambda out: [{k: v for k, v in e.items() if k != "images_per_s"} for e in log_of(out)]  # noqa: E731
     assert strip(tmp_path / "out") == strip(tmp_path / "whole")
+
+
+def test_a_full_disk_ends_the_run_in_one_line(tiny, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "save_grid", full)
+    with pytest.raises(SystemExit, match="can't write to .*No space left on device.*holds the last good checkpoint"):
+        train.main([*tiny, "--updates", "9", "--sample-every", "5"])
+    assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -207,6 +217,9 @@ def test_a_folder_with_a_run_is_only_touched_on_demand(tiny, tmp_path):
     (["--ema", "1"], "--ema must be"),
     (["--lr", "nan"], "--lr must be a positive number"),
     (["--crop", "-3"], "--crop must be a positive number"),
+    (["--betas", "0.9", "1"], "--betas must be"),
+    (["--dropout", "1"], "dropout = 1.0 must be"),
+    (["--attention", "4"], "2 levels"),
     (["--clip", "0"], "--clip must be a positive number"),
     (["--seed", "-1"], "--seed must be at least 0"),
     (["--size", "9"], "--size 9 must be divisible by 2"),
@@ -239,13 +252,13 @@ def test_presets_are_the_papers_and_flags_beat_them(capsys):
 
 def test_each_update_reads_the_batch_of_its_number(tiny, monkeypatch):
     """Off by one here, and a resumed run would train on other images than one never stopped."""
-    seen, original = [], Images.batch
-    monkeypatch.setattr(Images, "batch", lambda self, step, *a: (seen.append(step), original(self, step, *a))[1])
     used = []
     loss = train.training_loss
     monkeypatch.setattr(train, "training_loss", lambda *a: (used.append(a[1].clone()), loss(*a))[1])
     train.main([*tiny, "--updates", "4"])
-    assert seen[:4] == [0, 1, 2, 3] and len(used) == 4
+    images = load_data(tiny[tiny.index("--data") + 1], 8, cache=tiny[tiny.index("--cache") + 1])
+    assert len(used) == 4
+    assert all(torch.equal(x, images.batch(k, 8, seed=0)[0]) for k, x in enumerate(used))
 
 
 def test_compiled_training_learns_the_same(tiny, tmp_path, monkeypatch):
