@@ -293,7 +293,7 @@ def to_rgb(image):
 
 
 def centre_square(width, height, crop=None):
-    """The centred square (left, top, right, bottom) in pixels. crop: its side, or if <= 1 its share of the shorter side."""
+    """The centred square (left, top, right, bottom) in pixels. crop: its side, or if <= 1 a share of the shorter."""
     side = min(width, height)
     if crop:
         side = min(side, round(side * crop) if crop <= 1 else round(crop))
