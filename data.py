@@ -301,12 +301,17 @@ def centre_square(width, height, crop=None):
     return left, top, left + side, top + side
 
 
+def read_rgb(source):
+    """Encoded bytes to an upright RGB image. Raises what PIL raises on a broken file."""
+    with Image.open(io.BytesIO(source)) as image:
+        return to_rgb(ImageOps.exif_transpose(image))         # photographs know which side is up
+
+
 def decode(source, size, crop=None):
     """Encoded bytes, or a (H, W, 3) array, to (size, size, 3) uint8. Raises what PIL raises on a broken file."""
     if isinstance(source, np.ndarray):
         return source
-    with Image.open(io.BytesIO(source)) as image:
-        image = to_rgb(ImageOps.exif_transpose(image))        # photographs know which side is up
+    image = read_rgb(source)
     # PIL's bicubic widens its support when it shrinks: unlike torch's default, it does not alias.
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=centre_square(*image.size, crop))
     return np.asarray(image)
@@ -453,6 +458,7 @@ class Images:
         self.pixels = np.memmap(folder / "images.u8", np.uint8, "r", shape=shape)
         self.labels = np.load(folder / "labels.npy")
         self.classes, self.folder = meta["classes"], folder
+        self.about = f"crop {meta['crop'] or 'square'}, PIL bicubic to {meta['size']}x{meta['size']}"
         self._order = (None, None)
 
     def __len__(self):

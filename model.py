@@ -405,13 +405,13 @@ def load_model(path, device="cpu", ema=True):
     return net.eval().requires_grad_(False), state
 
 
-def file_hash(path):
-    """The first 16 digits of a file's SHA-256: which checkpoint an image or a score came from."""
+def file_hash(path, digits=16):
+    """The first digits of a file's SHA-256: which checkpoint an image or a score came from."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:digits]
 
 
 def config_dict(config):

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from data import load_data, save_grid
 from ddim import SCHEDULES, Denoiser, ddim_target, noise, sample, to_x
+from fid import compare, load_features, packed_statistics, sampled_statistics
 from model import (
     CONFIGS,
     UNet,
@@ -42,6 +43,7 @@ from model import (
     pick_dtype,
     save_checkpoint,
 )
+from sample import Sampler
 
 # A preset only changes the defaults of flags. Updates, learning rate and size of the three LSUN and CelebA
 # runs are the paper's (section 5.2); it is silent about batch, model, warm-up and EMA: those are ours.
@@ -166,8 +168,10 @@ class Run:
             torch.cuda.set_rng_state_all([s.cpu() for s in state["rng"]["cuda"]])
 
 
-def fit(run, losses, picture):
-    """The training loop. losses(step) -> (loss, {name: scalar tensor}); picture(run) draws to OUT.
+def fit(run, losses, hooks=()):
+    """The training loop. losses(step) -> (loss, {name: scalar tensor}).
+
+    hooks  pairs (N, hook): hook(run) is called every N updates and after the last, and may return a dict to log
 
     Nothing here waits for the GPU except where a value is logged. A loss or gradient that is not finite
     ends the run with the last good checkpoint in place, Ctrl-C (or SIGTERM) with a fresh one.
@@ -195,8 +199,10 @@ def fit(run, losses, picture):
             paused = time.perf_counter()
             if every(a.save_every) or stop:
                 run.save()
-            if every(a.sample_every):
-                picture(run)
+            for n, hook in hooks:
+                if every(n) and (entry := hook(run)):
+                    log.write(json.dumps({"step": run.step} | entry) + "\n")
+                    log.flush()
             since += time.perf_counter() - paused             # neither is training: keep them out of images/s
     if run.step < a.updates:
         print(f"stopped at update {run.step} of {a.updates}; saved {run.ckpt}. Go on with: "
@@ -314,6 +320,21 @@ def sample_picture(run, count=80, columns=10):
     save_grid(x, run.out / f"samples-{run.step:06d}.png", columns)
 
 
+def scorer(args, images, classes, device):
+    """A hook that scores the averaged weights against the training images, for curves like Figure 3."""
+    features = load_features(args.weights, device)
+    real = packed_statistics(images, features)
+
+    def score(run):
+        state = dict(schedule="cosine", predicts="v", shape=run.shape)
+        y = list(range(len(classes))) or None
+        sampler = Sampler(run.ema, state, run.device, args.dtype, y, seed=args.seed)
+        fake = sampled_statistics(sampler, args.sample_steps, args.fid_samples, features, {})
+        return compare(real, fake)["scores"] | {"samples": args.fid_samples, "sample_steps": args.sample_steps}
+
+    return score
+
+
 # ---- command line ---------------------------------------------------------------------------------------
 
 
@@ -370,6 +391,10 @@ def parse_args(argv=None):
     g.add_argument("--sample-every", type=int, metavar="N",
                    help="updates between two sample grids; 0: none (default: %(default)s)")
     g.add_argument("--sample-steps", type=int, metavar="S", help="DDIM steps of those samples (default: %(default)s)")
+    g.add_argument("--fid-every", type=int, default=0, metavar="N",
+                   help="updates between two scores (as fid.py gives) in log.jsonl (default: 0: none)")
+    g.add_argument("--fid-samples", type=int, default=10_000, metavar="M", help="images for each (default: 10000)")
+    g.add_argument("--weights", metavar="FILE", help="Inception weights for that, or random, as in fid.py")
     g.add_argument("--save-every", type=int, metavar="N", help="updates between two checkpoints (default: %(default)s)")
     g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
@@ -390,7 +415,7 @@ def parse_args(argv=None):
 def _check(p, args):
     """Refuse values that can't work before anything is touched."""
     least = dict(updates=1, batch=1, size=1, log_every=1, save_every=1, sample_steps=1,
-                 sample_every=0, warmup=0, seed=0)
+                 sample_every=0, fid_every=0, fid_samples=2, warmup=0, seed=0)
     for name, value in least.items():
         if getattr(args, name) < value:
             p.error(f"--{name.replace('_', '-')} must be at least {value}")
@@ -445,7 +470,10 @@ def main(argv=None):
         x, y = next(stream)
         return training_loss(xhat, x, drop_labels(y, len(classes)) if classes else None, args.distill)
 
-    fit(run, losses, sample_picture)
+    hooks = [(args.sample_every, sample_picture)]
+    if args.fid_every:
+        hooks.append((args.fid_every, scorer(args, images, classes, device)))
+    fit(run, losses, hooks)
     pictures = f" and {run.out}/samples-{run.step:06d}.png" if args.sample_every else ""
     print(f"done: {run.ckpt}{pictures}; few-step samples side by side: python sample.py --ckpt {run.ckpt}")
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SCRIPTS = ["train", "sample"]
+SCRIPTS = ["train", "sample", "fid"]
 
 
 def commands():

@@ -1,0 +1,455 @@
+"""fid.py against values made with pytorch-fid and torch-fidelity (fid_golden.npz), and against numpy.
+
+The reference network had synthetic weights, made by the rule in `synthetic`: a network that agrees on
+those has the right graph, and with the released weights gives the released features.
+"""
+
+import io
+import json
+import math
+import pickle
+import urllib.error
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_sample import make_checkpoint
+from torch.testing import assert_close
+
+import fid
+import sample as sampling
+import train
+from data import DataError
+
+HERE = Path(__file__).parent
+GOLDEN = np.load(HERE / "fid_golden.npz")
+KEYS = json.loads((HERE / "inception_keys.json").read_text())
+CPU = torch.device("cpu")
+
+
+def synthetic(key, shape):
+    g = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+    if key.endswith("num_batches_tracked"):
+        return torch.zeros(shape, dtype=torch.int64)
+    if key.endswith("running_var"):
+        return 1 + 0.1 * torch.rand(shape, generator=g)
+    z = torch.randn(shape, generator=g)
+    if key.endswith("conv.weight"):
+        return z * math.sqrt(2 / math.prod(shape[1:]))
+    if key == "fc.weight":
+        return z / math.sqrt(shape[1])
+    return 1 + 0.1 * z if key.endswith("bn.weight") else 0.1 * z
+
+
+@pytest.fixture(scope="module")
+def released():
+    return {k: synthetic(k, s) for k, s in KEYS}
+
+
+class Tiny(torch.nn.Module):
+    """A stand-in for Inception with 6 features: means of colours, and of their squares."""
+
+    def forward(self, x):
+        f = torch.cat([x.mean((2, 3)), x.square().mean((2, 3))], 1)
+        return f, f * 3
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    features = fid.Features(Tiny(), "tiny", CPU)
+    monkeypatch.setattr(fid, "load_features", lambda *a: features)
+    monkeypatch.setattr(train, "load_features", lambda *a: features)
+    return features
+
+
+def pictures(n, seed=0, shape=(8, 8, 3)):
+    return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
+
+
+def folder_of(path, images):
+    path.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(path / f"{i:03}.png")
+    return path
+
+
+# ---- the network ------------------------------------------------------------------------------------------
+
+
+def test_the_synthetic_weights_are_the_reference_ones(released):
+    """If this fails, the random stream differs, and nothing below can match."""
+    for (key, _), (total, absolute, first) in zip(KEYS, GOLDEN["weights_check"], strict=True):
+        w = released[key].double().flatten()
+        assert abs(w.sum() - total) <= 1e-6 * absolute and abs(w[0] - first) <= 1e-6 * max(absolute, 1)
+
+
+@pytest.mark.parametrize("tag", ["64", "32x48", "400x360"])
+def test_features_and_logits_are_those_of_pytorch_fid(released, tag):
+    net = fid.Inception().eval()
+    net.load_state_dict(fid.fold(released))
+    features, logits = fid.Features(net, "", CPU)(GOLDEN[f"images_{tag}"])
+    for out, name in ((features, "pool3"), (logits, "logits_unbiased")):
+        reference = torch.from_numpy(GOLDEN[f"{name}_{tag}"])
+        assert (out - reference).norm() / reference.norm() < 2e-5
+
+
+def test_images_of_different_sizes_may_share_a_batch(released):
+    net = fid.Inception().eval()
+    net.load_state_dict(fid.fold(released))
+    features = fid.Features(net, "", CPU)
+    a, b = GOLDEN["images_64"][0], GOLDEN["images_32x48"][0]
+    assert_close(features([a, b])[0], torch.cat([features(a[None])[0], features(b[None])[0]]), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_load_by_name_with_or_without_counters_and_nothing_else(released, tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save(dict(reversed(released.items())), path)
+    a = fid.load_features(path)
+    torch.save({k: v for k, v in released.items() if "num_batches" not in k}, path)
+    b = fid.load_features(path)
+    assert all(torch.equal(p, q) for p, q in zip(a.net.parameters(), b.net.parameters(), strict=True))
+    assert a.weights != b.weights and len(a.weights) == 64     # other bytes: other name, until someone looks closer
+    for change, message in (
+        (lambda w: w.pop("Mixed_6b.branch7x7_2.bn.bias"), "Mixed_6b.branch7x7_2.bn.bias"),
+        (lambda w: w.update({"AuxLogits.fc.weight": torch.zeros(2)}), "surplus AuxLogits.fc.weight"),
+        (lambda w: w.update({"Conv2d_1a_3x3.conv.weight": torch.zeros(32, 3, 5, 5)}), "Conv2d_1a_3x3.weight"),
+    ):
+        broken = dict(released)
+        change(broken)
+        torch.save(broken, path)
+        with pytest.raises(SystemExit, match=message):
+            fid.load_features(path)
+
+
+def test_a_weights_file_runs_no_code(tmp_path, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return print, ("code from a file",)
+
+    bomb = pickle.dumps({"fc.weight": Bomb()}, protocol=2)
+    for name, content in (("bomb.pth", bomb), ("junk.pth", b"junk"), ("empty.pth", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SystemExit, match="does not hold the Inception weights") as e:
+            fid.load_features(tmp_path / name)
+        assert "\n" not in str(e.value)
+    with pytest.raises(SystemExit, match="no weights at"):
+        fid.load_features(tmp_path / "missing.pth")
+    assert "code from a file" not in capsys.readouterr().out
+
+
+def test_random_weights_are_the_same_everywhere_and_never_called_fid():
+    a, b = fid.load_features("random"), fid.load_features("random")
+    assert a.weights == b.weights == "random-72007735"
+    features = a(pictures(3, shape=(16, 16, 3)))[0]
+    assert features.isfinite().all() and features.std(0).mean() > 0.01
+    assert fid.metric_names(a.id) == ("rFID (random features)", "rIS (random features)", "rKID (random features)")
+    assert fid.metric_names(fid.SHA256)[0] == "FID"
+    assert fid.metric_names("ab" * 32)[0] == "FD (weights abababab)"
+    assert "FID" not in fid.metric_names("ab" * 32)
+
+
+# ---- fetching the weights -----------------------------------------------------------------------------------
+
+
+def test_without_network_the_message_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSD_CACHE", str(tmp_path))
+
+    def offline(*a, **k):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(fid.urllib.request, "urlopen", offline)
+    with pytest.raises(SystemExit) as e:
+        fid.load_features()
+    for part in (fid.URL, "no route", "95,628,359", str(tmp_path), "--weights"):
+        assert part in str(e.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_is_checked_and_kept_whole_or_not_at_all(tmp_path, monkeypatch):
+    content = b"weights" * 1000
+    monkeypatch.setenv("DSD_CACHE", str(tmp_path))
+    monkeypatch.setattr(fid.urllib.request, "urlopen", lambda *a, **k: io.BytesIO(content))
+    with pytest.raises(SystemExit, match="SHA-256 differs"):
+        fid.fetch_weights()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(fid, "SHA256", fid.hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(fid, "BYTES", len(content))
+    path = fid.fetch_weights()
+    assert path.read_bytes() == content
+    monkeypatch.setattr(fid.urllib.request, "urlopen", None)   # a second download would fail
+    assert fid.fetch_weights() == path
+
+
+# ---- statistics and scores -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_streamed_moments_are_those_of_numpy(batch):
+    x = torch.randn(130, 5) * 3 + 100
+    m = fid.Moments()
+    for part in x.split(batch):
+        m.update(part)
+    mu, sigma = m.result()
+    np.testing.assert_allclose(mu, x.double().numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(sigma, np.cov(x.double().numpy(), rowvar=False), rtol=1e-8, atol=1e-9)
+
+
+def moments(x):
+    x = x.astype(np.float64)
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
+def test_frechet_distances_are_the_references():
+    mu1, sigma1, mu2, sigma2 = (GOLDEN[f"wc64_{k}"] for k in ("mu1", "sigma1", "mu2", "sigma2"))
+    assert fid.frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(GOLDEN["wc64_fid_exact"].item(), rel=1e-10)
+    assert abs(fid.frechet_distance(mu1, sigma1, mu1, sigma1)) < 1e-9
+    shift = fid.frechet_distance(mu1, sigma1, mu2, sigma1)
+    assert shift == pytest.approx(GOLDEN["shift64_fid_exact"].item(), rel=1e-10)
+
+
+def test_singular_covariances_need_no_fudge():
+    """Rank 49 of 256: the accurate value, where a general matrix root is 2e-5 off."""
+    one, two = moments(GOLDEN["rd256_feat1"]), moments(GOLDEN["rd256_feat2"])
+    exact = GOLDEN["rd256_fid_exact"].item()
+    assert fid.frechet_distance(*one, *two) == pytest.approx(exact, abs=1e-8)
+    assert fid.frechet_distance(*two, *one) == pytest.approx(exact, abs=1e-8)
+    assert abs(fid.frechet_distance(*one, *one)) < 1e-8
+    full = (one[0], one[1] + np.eye(256))                      # one side singular, the other not
+    assert fid.frechet_distance(*one, *full) == pytest.approx(fid.frechet_distance(*full, *one), abs=1e-8)
+    zero = (one[0], np.zeros((256, 256)))
+    assert fid.frechet_distance(*zero, *one) == pytest.approx(np.trace(one[1]))
+
+
+def test_statistics_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="different length: 2 and 3"):
+        fid.frechet_distance(np.zeros(2), np.eye(2), np.zeros(3), np.eye(3))
+    with pytest.raises(ValueError, match="not finite"):
+        fid.frechet_distance(np.zeros(2), np.eye(2) * np.nan, np.zeros(2), np.eye(2))
+
+
+@pytest.mark.parametrize("n", [400, 403])
+@pytest.mark.parametrize("order", ["ordered", "shuffle"])
+@pytest.mark.parametrize("splits", [10, 1])
+def test_inception_score_is_the_reference(n, order, splits):
+    scores = fid.SplitScores(n, splits, order == "shuffle")
+    for part in torch.from_numpy(GOLDEN["is_logits"][:n]).split(64):
+        scores.update(part)
+    np.testing.assert_allclose(scores.result(), GOLDEN[f"is{n}_{order}_splits{splits}"], rtol=1e-6, atol=1e-12)
+
+
+def test_kid_is_the_reference():
+    x, y = GOLDEN["kid_x"], GOLDEN["kid_y"]
+    assert fid.mmd2(x, y) == pytest.approx(GOLDEN["kid_mmd2_full"].item(), rel=1e-9)
+    assert fid.mmd2(x, y[:150]) == pytest.approx(GOLDEN["kid_mmd2_200v150"].item(), rel=1e-9)
+    assert fid.mmd2(x[:100], x[100:]) == pytest.approx(GOLDEN["kid_mmd2_self_halves"].item(), rel=1e-9)
+    np.testing.assert_allclose(fid.kid(x, y, 20, 50), GOLDEN["kid_subsets20x50"], rtol=1e-9)
+    assert fid.kid(x, y) == (fid.mmd2(x, y), 0.0)
+
+
+def test_a_reservoir_is_bounded_uniform_and_repeatable():
+    means = []
+    for _ in range(2):
+        r = fid.Reservoir(100)
+        for part in torch.arange(10_000.0)[:, None].split(64):
+            r.update(part)
+        means.append(r.result().mean())
+        assert r.result().shape == (100, 1)
+    assert means[0] == means[1] and abs(means[0] - 5000) < 4 * 10_000 / math.sqrt(12 * 100)
+
+
+# ---- sources --------------------------------------------------------------------------------------------------
+
+
+def test_folder_zip_and_npz_of_the_same_images_give_the_same(tmp_path, tiny):
+    images = pictures(20)
+    folder = folder_of(tmp_path / "f", images)
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as z:
+        for f in sorted(folder.iterdir()):
+            z.write(f, f.name)
+    np.savez(tmp_path / "a.npz", images)
+    np.savez_compressed(tmp_path / "b.npz", arr_0=images, arr_1=np.zeros(20))
+    expected = moments(tiny(images)[0].numpy())
+    for name in ("f", "z.zip", "a.npz", "b.npz"):
+        stats = fid.statistics_of(tmp_path / name, tiny, batch=6)
+        assert stats.n == 20 and stats.size == "8x8"
+        np.testing.assert_allclose(stats.mu, expected[0], rtol=1e-6)
+        np.testing.assert_allclose(stats.sigma, expected[1], rtol=1e-5, atol=1e-9)
+
+
+def test_the_last_short_batch_counts(tmp_path, tiny):
+    np.savez(tmp_path / "a.npz", pictures(13))
+    one, many = (fid.statistics_of(tmp_path / "a.npz", tiny, batch=b) for b in (13, 4))
+    assert one.n == many.n == 13
+    np.testing.assert_allclose(one.sigma, many.sigma, rtol=1e-6, atol=1e-10)
+
+
+def test_statistics_go_to_and_come_from_pytorch_fid(tmp_path, tiny):
+    np.savez(tmp_path / "images.npz", pictures(20))
+    stats = fid.statistics_of(tmp_path / "images.npz", tiny)
+    stats.save(tmp_path / "ours.npz")
+    with np.load(tmp_path / "ours.npz") as f:                   # what pytorch-fid does with a file of statistics
+        mu, sigma = f["mu"][:], f["sigma"][:]
+    again = fid.statistics_of(tmp_path / "ours.npz", tiny)
+    assert (again.n, again.size, again.weights) == (20, "8x8", "tiny")
+    np.savez(tmp_path / "theirs.npz", mu=mu, sigma=sigma)
+    theirs = fid.statistics_of(tmp_path / "theirs.npz", tiny)
+    assert theirs.weights == "" and theirs.kept is None
+    scores = fid.compare(theirs, again)["scores"]
+    assert abs(scores["FD (weights tiny)"]) < 1e-9 and "KD (weights tiny)" not in scores
+
+
+@pytest.mark.parametrize("content,message", [
+    (b"junk", "no readable npz"),
+    (dict(arr_0=np.zeros((5, 8, 8, 3))), "must be .N, H, W, 3. uint8"),
+    (dict(arr_0=np.zeros((5, 8, 8), np.uint8)), "must be .N, H, W, 3. uint8"),
+    (dict(mu=np.zeros(3)), "no readable statistics"),
+    (dict(mu=np.zeros(3), sigma=np.eye(2)), "do not fit each other"),
+    (dict(arr_0=np.array([{}], dtype=object)), "must be .N, H, W, 3. uint8"),
+])
+def test_bad_npz_files_are_one_line_errors(tmp_path, tiny, content, message):
+    path = tmp_path / "x.npz"
+    path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)
+    with pytest.raises(DataError, match=message) as e:
+        fid.statistics_of(path, tiny)
+    assert "\n" not in str(e.value)
+
+
+def test_a_broken_image_ends_the_comparison_with_its_name(tmp_path, tiny):
+    folder = folder_of(tmp_path / "f", pictures(5))
+    (folder / "002.png").write_bytes(b"junk")
+    with pytest.raises(DataError, match=r"002\.png in .* can't be read"):
+        fid.statistics_of(folder, tiny)
+
+
+def test_unlike_things_are_not_compared(tmp_path, tiny, capsys):
+    for name, shape in (("a", (8, 8, 3)), ("b", (9, 8, 3))):
+        np.savez(tmp_path / f"{name}.npz", pictures(20, shape=shape))
+    a, b = (fid.statistics_of(tmp_path / f"{n}.npz", tiny) for n in "ab")
+    with pytest.raises(SystemExit, match="sizes can't be compared: REAL has 8x8, FAKE 8x9"):
+        fid.compare(a, b)
+    other = fid.statistics_of(tmp_path / "a.npz", fid.Features(Tiny(), "other", CPU))
+    with pytest.raises(SystemExit, match="different networks can't be compared: REAL has tiny, FAKE other"):
+        fid.compare(a, other)
+    bf16 = fid.statistics_of(tmp_path / "a.npz", fid.Features(Tiny(), "tiny", CPU, "bf16"))
+    with pytest.raises(SystemExit, match="FAKE tiny-bf16"):
+        fid.compare(a, bf16)
+    capsys.readouterr()
+    fid.compare(a, a)
+    assert "REAL has 20 images, fewer than the 2048 features" in capsys.readouterr().err
+
+
+# ---- the command line -------------------------------------------------------------------------------------------
+
+
+def test_two_folders_from_the_command_line_with_the_real_network(tmp_path, capsys):
+    a, b = folder_of(tmp_path / "a", pictures(4)), folder_of(tmp_path / "b", pictures(4, seed=1))
+    fid.main([str(a), str(b), "--weights", "random", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "rFID (random features): " in out and "\nFID" not in out
+    assert "images 4, size 8x8" in out and "random-" in out
+
+
+def test_real_images_are_prepared_as_training_does(tmp_path, tiny, monkeypatch, capsys):
+    monkeypatch.setenv("DSD_CACHE", str(tmp_path / "cache"))
+    real = folder_of(tmp_path / "real", pictures(6, shape=(20, 16, 3)))
+    fake = folder_of(tmp_path / "fake", pictures(6))
+    with pytest.raises(SystemExit, match="REAL has 16x20, FAKE 8x8.* --size N"):
+        fid.main([str(real), str(fake)])
+    fid.main([str(real), str(fake), "--size", "8", "--crop", "12"])
+    assert "crop 12.0, PIL bicubic to 8x8" in capsys.readouterr().out
+    no_network = fid.Features(None, "tiny", CPU)                # the statistics come from their file
+    assert fid.packed_statistics(fid.load_data(real, 8, 12.0), no_network).n == 6
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A checkpoint, and the flags to score it on twelve images."""
+    monkeypatch.setenv("DSD_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "run").mkdir()
+    make_checkpoint(tmp_path / "run" / "ckpt.pt")
+    data = folder_of(tmp_path / "data", pictures(12))
+    return ["--ckpt", str(tmp_path / "run" / "ckpt.pt"), "--data", str(data), "-n", "10", "--batch", "4",
+            "--steps", "2", "3", "--device", "cpu", "--dtype", "fp32", "--out", str(tmp_path / "scores")]
+
+
+def test_a_model_is_scored_as_its_saved_images_would_be(tmp_path, tiny, model):
+    fid.main(model)
+    results = json.loads((tmp_path / "scores" / "table.json").read_text())
+    two, three = results["run"]
+    assert two["fake"] | {"hash": 0} == dict(
+        images=10, size="8x8", checkpoint=model[1], hash=0, weights="ema", dtype="fp32", steps=2, seed=0, guidance=1.0,
+        classes=None)
+    assert three["fake"]["steps"] == 3 and two["real"]["images"] == 12
+    sampling.main([*model[:2], "-n", "10", "--steps", "2", "--save", str(tmp_path / "png"), "--device", "cpu",
+                   "--dtype", "fp32"])
+    saved = fid.compare(fid.statistics_of(model[3], tiny), fid.statistics_of(tmp_path / "png", tiny))
+    for name, value in saved["scores"].items():
+        assert value == pytest.approx(two["scores"][name], rel=1e-5, abs=1e-9), name
+    text = (tmp_path / "scores" / "table.md").read_text()
+    assert "| model | images | 2 | 3 |" in text and "| run | 10 |" in text and "Against 12 of data-8" in text
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path, tiny, model, monkeypatch):
+    drawn, original = [], sampling.Sampler.__call__
+
+    def counting(self, indices, steps, bar=None):
+        drawn.append(steps)
+        if steps == 3 and len(drawn) == 4:
+            raise KeyboardInterrupt
+        return original(self, indices, steps, bar)
+
+    monkeypatch.setattr(sampling.Sampler, "__call__", counting)
+    with pytest.raises(KeyboardInterrupt):
+        fid.main(model)
+    assert drawn == [2, 2, 2, 3]
+    fid.main(model)
+    assert drawn[4:] == [3, 3, 3]                               # two steps were known
+    fid.main(model)
+    assert len(drawn) == 7
+    fid.main([*model, "--seed", "1", "--steps", "2"])           # another seed is another score
+    assert len(drawn) == 10
+
+
+def test_several_models_make_a_table(tmp_path, tiny, model):
+    (tmp_path / "other").mkdir()
+    make_checkpoint(tmp_path / "other" / "ckpt.pt", classes=3)
+    fid.main([model[0], model[1], str(tmp_path / "other" / "ckpt.pt"), *model[2:]])
+    text = (tmp_path / "scores" / "table.md").read_text()
+    assert "| run | 10 |" in text and "| other | 10 |" in text
+    results = json.loads((tmp_path / "scores" / "table.json").read_text())
+    assert results["other"][0]["fake"]["classes"] == "uniform"
+
+
+def test_scores_are_logged_during_training(tmp_path, tiny, monkeypatch):
+    monkeypatch.setenv("DSD_CACHE", str(tmp_path / "cache"))
+    data = folder_of(tmp_path / "data", pictures(12))
+    train.main(["--size", "8", "--channels", "16", "--mult", "1", "2", "--batch", "4", "--updates", "4",
+                "--device", "cpu", "--data", str(data), "--out", str(tmp_path / "out"), "--sample-every", "0", "--sample-steps", "2",
+                "--fid-every", "2", "--fid-samples", "6", "--weights", "random"])
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    scores = [e for e in log if "samples" in e]
+    assert [e["step"] for e in scores] == [2, 4]
+    assert all(math.isfinite(e["FD (weights tiny)"]) and e["samples"] == 6 and e["sample_steps"] == 2 for e in scores)
+
+
+@pytest.mark.parametrize("flags,message", [
+    ([], "give REAL and FAKE"),
+    (["a"], "give REAL and FAKE"),
+    (["a", "b", "--ckpt", "c"], "give either two sides, or --ckpt"),
+    (["a", "b", "--crop", "3"], "--crop goes with --size"),
+    (["--ckpt", "c", "-n", "1"], "-n at least 2"),
+])
+def test_bad_flags_are_explained(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        fid.parse_args(flags)
+    assert message in capsys.readouterr().err
+
+
+def test_missing_files_are_named_before_any_work(monkeypatch):
+    monkeypatch.setattr(fid, "load_features", None)             # would fail if it came first
+    with pytest.raises(SystemExit, match="no such file or folder: nowhere"):
+        fid.main(["nowhere", "neither", "--device", "cpu"])
