@@ -428,7 +428,8 @@ def test_scores_are_logged_during_training(tmp_path, tiny, monkeypatch):
     monkeypatch.setenv("DSD_CACHE", str(tmp_path / "cache"))
     data = folder_of(tmp_path / "data", pictures(12))
     train.main(["--size", "8", "--channels", "16", "--mult", "1", "2", "--batch", "4", "--updates", "4",
-                "--device", "cpu", "--data", str(data), "--out", str(tmp_path / "out"), "--sample-every", "0", "--sample-steps", "2",
+                "--device", "cpu", "--data", str(data), "--out", str(tmp_path / "out"), "--sample-every", "0",
+                "--sample-steps", "2",
                 "--fid-every", "2", "--fid-samples", "6", "--weights", "random"])
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     scores = [e for e in log if "samples" in e]
