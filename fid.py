@@ -647,10 +647,12 @@ def table(results):
         for name, cards in results.items():
             cells = (f"{c['scores'][metric]:.4g}" if metric in c["scores"] else "–" for c in cards)
             lines.append(f"| {name} | {cards[0]['fake']['images']:,} | {' | '.join(cells)} |")
+    sampled = {f"seed {c['fake']['seed']}, {c['fake']['weights']} weights, guidance {c['fake']['guidance']:g}"
+               for cards in results.values() for c in cards}
     counts = {f"{c['real']['images']:,} of {c['real']['source']} ({c['real']['prepared']})"
               for cards in results.values() for c in cards}
     lines += ["", f"Against {'; '.join(sorted(counts))}. Features: {first[0]['features']['network']}, images "
-              f"{first[0]['features']['resized']}."]
+              f"{first[0]['features']['resized']}. Samples: {'; '.join(sorted(sampled))}."]
     if len(counts) > 1:
         lines.append("The rows were measured against different references: do not compare them.")
     return "\n".join(lines[1:])
@@ -715,6 +717,9 @@ def main(argv=None):
         compare_models(args, features, device) if args.ckpt else compare_files(args, features)
     except OSError as e:
         sys.exit(f"error: {e.filename or ''}: {e.strerror or e}")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on: statistics and scores that were whole are kept", file=sys.stderr)
+        sys.exit(130)
 
 
 def compare_files(args, features):

@@ -330,7 +330,8 @@ def scorer(args, images, classes, device):
         y = list(range(len(classes))) or None
         sampler = Sampler(run.ema, state, run.device, args.dtype, y, seed=args.seed)
         fake = sampled_statistics(sampler, args.sample_steps, args.fid_samples, features, {})
-        return compare(real, fake)["scores"] | {"samples": args.fid_samples, "sample_steps": args.sample_steps}
+        return compare(real, fake)["scores"] | dict(samples=fake.n, sample_steps=args.sample_steps, real_images=real.n,
+                                                    network=features.id)
 
     return score
 

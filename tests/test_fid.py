@@ -391,6 +391,7 @@ def test_a_model_is_scored_as_its_saved_images_would_be(tmp_path, tiny, model):
         assert value == pytest.approx(two["scores"][name], rel=1e-5, abs=1e-9), name
     text = (tmp_path / "scores" / "table.md").read_text()
     assert "| model | images | 2 | 3 |" in text and "| run | 10 |" in text and "Against 12 of data-8" in text
+    assert "seed 0, ema weights, guidance 1" in text
 
 
 def test_an_interrupted_evaluation_goes_on(tmp_path, tiny, model, monkeypatch):
@@ -403,8 +404,9 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, tiny, model, monkeypatch):
         return original(self, indices, steps, bar)
 
     monkeypatch.setattr(sampling.Sampler, "__call__", counting)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as e:
         fid.main(model)
+    assert e.value.code == 130
     assert drawn == [2, 2, 2, 3]
     fid.main(model)
     assert drawn[4:] == [3, 3, 3]                               # two steps were known
@@ -434,7 +436,8 @@ def test_scores_are_logged_during_training(tmp_path, tiny, monkeypatch):
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     scores = [e for e in log if "samples" in e]
     assert [e["step"] for e in scores] == [2, 4]
-    assert all(math.isfinite(e["FD (weights tiny)"]) and e["samples"] == 6 and e["sample_steps"] == 2 for e in scores)
+    assert all(math.isfinite(e["FD (weights tiny)"]) and e["samples"] == 6 and e["sample_steps"] == 2 and e["real_images"] == 12
+               and e["network"] == "tiny" for e in scores)
 
 
 @pytest.mark.parametrize("flags,message", [
