@@ -14,12 +14,15 @@ no network has to be fetched: the numbers are then named rFID, and compare only 
 
 import argparse
 import hashlib
+import http.client
+import io
 import json
 import math
 import os
 import sys
 import urllib.request
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -28,10 +31,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from data import DataError, default_cache, load_data, open_source, read_rgb, to_pixels
+from data import DataError, default_cache, load_data, open_source, to_pixels
+from ddim import Denoiser
 from model import autocast, file_hash, load_model, pick_device, pick_dtype
 from sample import Sampler, pick_classes
 
@@ -188,7 +193,9 @@ class Features:
             images = np.stack(images)
         parts = [images] if isinstance(images, np.ndarray) else [i[None] for i in images]
         x = torch.cat([_resize(torch.tensor(p, device=self.device)) for p in parts])
-        with autocast(self.device, self.dtype):
+        # On a GPU, "float32" convolutions would be TF32, a thousandth off, unless that is forbidden.
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False)
+        with autocast(self.device, self.dtype), exact:
             return self.net(x.contiguous(memory_format=torch.channels_last))
 
 
@@ -210,7 +217,9 @@ def metric_names(weights):
 
 def load_features(weights=None, device="cpu", dtype="fp32"):
     """The network of `--weights`: a file, "random", or None for the released one, fetched once. Exits on errors."""
-    net = Inception().eval().requires_grad_(False)
+    with torch.device("meta"):                                # draws no random numbers: those belong to training
+        net = Inception().eval().requires_grad_(False)
+    net = net.to_empty(device="cpu")
     if weights == RANDOM:
         name = _random_weights(net)
     else:
@@ -241,6 +250,8 @@ def _load_weights(net, path):
             "conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")} | {"fc.weight", "fc.bias"}
         if surplus:
             raise KeyError(f"surplus {min(surplus)}")
+        if "fc.bias" not in state:                            # unused here, but a file without it is another file
+            raise KeyError("fc.bias is missing")
         net.load_state_dict(fold(state))
     except FileNotFoundError:
         sys.exit(f"error: no weights at {path}. {HOW_TO_GET}")
@@ -256,10 +267,12 @@ HOW_TO_GET = (f"The file is {FILE} ({BYTES / 1e6:.0f} MB) from {URL}; put it the
 
 def fetch_weights():
     """The released file in the cache folder, downloaded if it is not there, and whole or not at all. Exits offline."""
-    path = default_cache() / FILE
-    if path.exists() and path.stat().st_size == BYTES and file_hash(path, digits=64) == SHA256:
-        return path
-    tmp = path.with_name(FILE + ".tmp")
+    path, damaged = default_cache() / FILE, ""
+    if path.exists():
+        if file_hash(path, digits=64) == SHA256:
+            return path
+        damaged = f"{path} is damaged, and "
+    tmp = path.with_name(f"{FILE}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with (urllib.request.urlopen(URL, timeout=30) as answer, open(tmp, "wb") as f,
@@ -270,15 +283,16 @@ def fetch_weights():
         if file_hash(tmp, digits=64) != SHA256:
             raise OSError("what came is not that file: its SHA-256 differs")
         os.replace(tmp, path)
-    except OSError as e:        # URLError and timeouts are OSErrors too
+    except (OSError, http.client.HTTPException) as e:         # URLError and timeouts are OSErrors too
         tmp.unlink(missing_ok=True)
-        sys.exit(f"error: can't fetch {URL} ({getattr(e, 'reason', None) or e}). Put that file ({BYTES:,} bytes) into "
-                 f"{path.parent}, or give its place as --weights, or use --weights random, whose scores are no FID")
+        sys.exit(f"error: {damaged}can't fetch {URL} ({getattr(e, 'reason', None) or e}). Put that file ({BYTES:,} "
+                 f"bytes) into {path.parent}, or give its place as --weights, or use --weights random: no FID then")
     return path
 
 
 # ---- statistics, image by image ----------------------------------------------------------------------------
 
+VERSION = 1     # of all scores: a change to how they are computed, or stored, must raise it
 KEPT = 5000     # features kept for KID, which moments do not determine: 41 MB, however many images there are
 
 
@@ -344,9 +358,9 @@ class Reservoir:
     def update(self, rows):
         for row in rows.float().cpu().numpy():
             if self.seen < self.size:
-                self.rows.append(row)
+                self.rows.append(row.copy())                  # a view would keep its whole batch in memory
             elif (place := self.rng.integers(self.seen + 1)) < self.size:
-                self.rows[place] = row
+                self.rows[place] = row.copy()
             self.seen += 1
 
     def result(self):
@@ -358,7 +372,7 @@ class Statistics:
     """What FID, Inception Score and KID need to know of a set of images, and what it was.
 
     mu (2048,), sigma (2048, 2048) float64;  n  images
-    weights   which features: `Features.id`; "" if unknown (a file of pytorch-fid's)
+    weights   which features: `Features.id`
     size      "64x64", "mixed", or "" if unknown
     kept      features (<= KEPT, 2048) for KID, or None;  score  (mean, std) of the Inception Score, or None
     card      what else is known of the images, printed and stored with every score
@@ -378,7 +392,7 @@ class Statistics:
         path = Path(path)
         about = dict(n=self.n, weights=self.weights, size=self.size, score=self.score, card=self.card)
         kept = {} if self.kept is None else {"kept": self.kept}
-        tmp = path.with_name(path.name + ".tmp")
+        tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(tmp, "wb") as f:
             np.savez(f, mu=self.mu, sigma=self.sigma, about=json.dumps(about), **kept)
@@ -389,9 +403,10 @@ class Statistics:
         """Read an npz of ours or of pytorch-fid's. Raises DataError."""
         try:
             with np.load(path, allow_pickle=False) as f:
-                about = json.loads(str(f["about"])) if "about" in f else {}
+                about = json.loads(str(f["about"])) if "about" in f else dict(
+                    weights=SHA256, card=dict(note="no weights recorded: taken for pytorch-fid's"))
                 stats = cls(f["mu"], f["sigma"], kept=f.get("kept"), **about)
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as e:
             raise DataError(f"error: {path} holds no readable statistics ({e})") from None
         if stats.mu.ndim != 1 or stats.sigma.shape != (len(stats.mu),) * 2:
             raise DataError(f"error: {path}: mu {stats.mu.shape} and sigma {stats.sigma.shape} do not fit each other")
@@ -413,6 +428,7 @@ def gather(batches, total, features, card, desc, shuffle=False):
             bar.update(len(images))
     if moments.n < 2:
         sys.exit(f"error: {desc}: a covariance needs at least two images")
+    card = card | dict(splits="10, shuffled" if shuffle else "10, in order")
     size = sizes.pop() if len(sizes) == 1 else "mixed"
     return Statistics(*moments.result(), moments.n, features.id, size, kept.result(), scores.result(), card)
 
@@ -483,25 +499,30 @@ def compare(real, fake):
         if 0 < s.n < 2048:
             print(f"warning: {side} has {s.n} images, fewer than the 2048 features: its covariance is singular, and "
                   f"the Fréchet distance is biased upwards; compare only scores of equal counts", file=sys.stderr)
-    weights = fake.weights or real.weights
-    if not weights:
-        sys.exit("error: neither file says which network its features are from: compare at least one side of images")
+    if not (real.size and fake.size):
+        print("warning: a file of statistics does not say how large its images were: that could not be compared",
+              file=sys.stderr)
     try:
         distance = frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma)
     except ValueError as e:
         sys.exit(f"error: {e}")
-    fid_name, is_name, kid_name = metric_names(weights)
+    fid_name, is_name, kid_name = metric_names(fake.weights)
     scores = {fid_name: distance}
     if fake.score:
         scores[is_name], scores[is_name + " std"] = fake.score
     if real.kept is not None and fake.kept is not None:
         scores[kid_name], scores[kid_name + " std"] = kid(real.kept, fake.kept)
     card = lambda s: dict(images=s.n or "unknown", size=s.size or "unknown") | s.card  # noqa: E731
-    about = dict(network=weights, resized="bilinear to 299x299, as pytorch-fid")
+    about = dict(network=fake.weights, resized="bilinear to 299x299, as pytorch-fid")
     return dict(scores=scores, features=about, real=card(real), fake=card(fake))
 
 
 # ---- where images come from ------------------------------------------------------------------------------------
+
+
+def _is_statistics(path):
+    path = Path(path).expanduser()
+    return path.suffix == ".npz" and path.is_file() and "mu.npy" in _npz_names(path)
 
 
 def statistics_of(path, features, size=None, crop=None, batch=64, shuffle=False):
@@ -512,8 +533,9 @@ def statistics_of(path, features, size=None, crop=None, batch=64, shuffle=False)
     path = Path(path).expanduser()
     card = dict(source=str(path))
     if path.suffix == ".npz" and path.is_file():
-        names = _npz_names(path)
-        if "mu.npy" in names:
+        if size:
+            raise DataError(f"error: --size needs image files or an LMDB; {path} holds images as they are")
+        if _is_statistics(path):
             stats = Statistics.load(path)
             stats.card = card | stats.card
             return stats
@@ -528,13 +550,16 @@ def statistics_of(path, features, size=None, crop=None, batch=64, shuffle=False)
 
 def packed_statistics(images, features, batch=64):
     """Statistics of a packed data set (data.Images), kept beside it: the reference is computed once."""
-    path = images.folder / f"statistics-{features.id[-12:]}.npz"
+    path = images.folder / f"statistics-{VERSION}-{features.id[-12:]}.npz"
     if path.exists():
         return Statistics.load(path)
     card = dict(source=images.folder.name, prepared=images.about)
     batches = (images.pixels[i:i + batch] for i in range(0, len(images), batch))
     stats = gather(batches, len(images), features, card, f"reference, {images.folder.name}")
-    stats.save(path)
+    try:
+        stats.save(path)
+    except OSError as e:
+        raise DataError(f"error: can't write {path} ({e.strerror or e})") from None
     return stats
 
 
@@ -566,7 +591,11 @@ def _npz_images(path, batch):
             read(f)
             for start in range(0, shape[0], batch):
                 count = min(batch, shape[0] - start)
-                yield np.frombuffer(f.read(count * math.prod(shape[1:])), np.uint8).reshape(count, *shape[1:]).copy()
+                try:
+                    pixels = np.frombuffer(f.read(count * math.prod(shape[1:])), np.uint8).reshape(count, *shape[1:])
+                except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as e:
+                    raise DataError(f"error: {path} is damaged after image {start} ({e})") from None
+                yield pixels
 
     return shape[0], batches()
 
@@ -577,7 +606,8 @@ def _source_images(source, batch):
     def work(item):
         name, read, _ = item
         try:
-            return read_rgb(read())
+            with Image.open(io.BytesIO(read())) as image:     # as pytorch-fid: no turning, no white behind alpha
+                return image.convert("RGB")
         except Exception as e:  # whatever PIL raises on a broken file
             raise DataError(f"error: {name} in {source.path} can't be read ({type(e).__name__}: {e})") from None
 
@@ -610,17 +640,21 @@ def evaluate(args, path, features, device):
     model = dict(checkpoint=str(path), hash=file_hash(path), weights="raw" if args.raw else "ema", dtype=dtype)
     real, rows = None, []
     for steps in args.steps:
-        key = dict(model, steps=steps, n=args.n, seed=args.seed, guidance=args.guidance, features=features.id,
-                   reference=images.folder.name)
+        key = dict(model, version=VERSION, steps=steps, n=args.n, seed=args.seed, guidance=args.guidance,
+                   features=features.id, reference=images.folder.name)
         del key["checkpoint"]                                  # a moved checkpoint is still the same
         cache = Path(path).parent / "scores" / f"{_digest(key)}.json"
         try:
             rows.append(json.loads(cache.read_text()))
+            rows[-1]["fake"]["checkpoint"] = str(path)         # it may have moved since
             print(f"{path} at {steps} steps: known from {cache}", file=sys.stderr)
         except (OSError, ValueError):
             real = real or packed_statistics(images, features, args.batch)
             rows.append(compare(real, sampled_statistics(sampler, steps, args.n, features, model, args.batch)))
-            _write(cache, json.dumps(rows[-1], indent=1))
+            try:
+                _write(cache, json.dumps(rows[-1], indent=1))
+            except OSError as e:
+                print(f"warning: can't keep this score in {cache} ({e.strerror or e})", file=sys.stderr)
     return rows
 
 
@@ -647,7 +681,7 @@ def table(results):
         for name, cards in results.items():
             cells = (f"{c['scores'][metric]:.4g}" if metric in c["scores"] else "–" for c in cards)
             lines.append(f"| {name} | {cards[0]['fake']['images']:,} | {' | '.join(cells)} |")
-    sampled = {f"seed {c['fake']['seed']}, {c['fake']['weights']} weights, guidance {c['fake']['guidance']:g}"
+    sampled = {"seed {seed}, {weights} weights, {dtype}, guidance {guidance:g}".format(**c["fake"])
                for cards in results.values() for c in cards}
     counts = {f"{c['real']['images']:,} of {c['real']['source']} ({c['real']['prepared']})"
               for cards in results.values() for c in cards}
@@ -695,6 +729,8 @@ def parse_args(argv=None):
     g.add_argument("--out", default="out/fid", metavar="DIR",
                    help="folder for table.md and table.json (default: %(default)s)")
     args = p.parse_args(argv)
+    if args.save and (Path(args.save).suffix != ".npz" or args.save in args.sides):
+        p.error("--save needs a new file, ending in .npz")
     if args.ckpt and args.sides:
         p.error("give either two sides, or --ckpt with --data")
     if not args.ckpt and not (len(args.sides) == 2 or (len(args.sides) == 1 and args.save)):
@@ -712,8 +748,9 @@ def main(argv=None):
     for path in [*(args.ckpt or []), *args.sides]:             # before a long download, and longer sampling
         if not Path(path).expanduser().exists():
             sys.exit(f"error: no such file or folder: {path}")
-    features = load_features(args.weights, device, args.features)
     try:
+        needed = args.ckpt or not all(_is_statistics(path) for path in args.sides)
+        features = load_features(args.weights, device, args.features) if needed else None
         compare_models(args, features, device) if args.ckpt else compare_files(args, features)
     except OSError as e:
         sys.exit(f"error: {e.filename or ''}: {e.strerror or e}")
@@ -740,6 +777,13 @@ def compare_files(args, features):
 
 def compare_models(args, features, device):
     results = {}
+    for path in args.ckpt:                                     # each of them, before hours are spent on the first
+        net, state = load_model(path)
+        pick_classes(None, args.guidance, state)
+        try:
+            Denoiser.of(net, state).schedule.times(max(args.steps))
+        except ValueError as e:
+            sys.exit(f"error: {path}: {e}")
     for path in args.ckpt:
         name = Path(path).parent.name or Path(path).stem
         results[name if name not in results else str(path)] = evaluate(args, path, features, device)

@@ -329,9 +329,10 @@ def scorer(args, images, classes, device):
         state = dict(schedule="cosine", predicts="v", shape=run.shape)
         y = list(range(len(classes))) or None
         sampler = Sampler(run.ema, state, run.device, args.dtype, y, seed=args.seed)
-        fake = sampled_statistics(sampler, args.sample_steps, args.fid_samples, features, {})
-        return compare(real, fake)["scores"] | dict(samples=fake.n, sample_steps=args.sample_steps, real_images=real.n,
-                                                    network=features.id)
+        fake = sampled_statistics(sampler, args.sample_steps, args.fid_samples, features,
+                                  dict(weights="ema", dtype=args.dtype))
+        card = compare(real, fake)
+        return card["scores"] | {k: card[k] for k in ("features", "real", "fake")}
 
     return score
 
@@ -455,8 +456,11 @@ def main(argv=None):
     images = load_data(args.data, args.size, args.crop, args.cache)
     if args.classes and not images.classes:
         sys.exit(f"error: --classes needs labels, and {args.data} has none (sub-folders name the classes)")
-    torch.manual_seed(args.seed)
     classes = images.classes if args.classes else []
+    hooks = [(args.sample_every, sample_picture)]
+    if args.fid_every:
+        hooks.append((args.fid_every, scorer(args, images, classes, device)))
+    torch.manual_seed(args.seed)
     run = Run(args, UNet(replace(config, classes=len(classes))), device, classes)
     if state:
         run.load(state)
@@ -471,9 +475,6 @@ def main(argv=None):
         x, y = next(stream)
         return training_loss(xhat, x, drop_labels(y, len(classes)) if classes else None, args.distill)
 
-    hooks = [(args.sample_every, sample_picture)]
-    if args.fid_every:
-        hooks.append((args.fid_every, scorer(args, images, classes, device)))
     fit(run, losses, hooks)
     pictures = f" and {run.out}/samples-{run.step:06d}.png" if args.sample_every else ""
     print(f"done: {run.ckpt}{pictures}; few-step samples side by side: python sample.py --ckpt {run.ckpt}")

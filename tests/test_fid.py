@@ -142,7 +142,9 @@ def test_a_weights_file_runs_no_code(tmp_path, capsys):
 
 
 def test_random_weights_are_the_same_everywhere_and_never_called_fid():
+    state = torch.get_rng_state()
     a, b = fid.load_features("random"), fid.load_features("random")
+    assert torch.equal(torch.get_rng_state(), state)            # or training with --fid-every would be another training
     assert a.weights == b.weights == "random-72007735"
     features = a(pictures(3, shape=(16, 16, 3)))[0]
     assert features.isfinite().all() and features.std(0).mean() > 0.01
@@ -257,7 +259,7 @@ def test_a_reservoir_is_bounded_uniform_and_repeatable():
         for part in torch.arange(10_000.0)[:, None].split(64):
             r.update(part)
         means.append(r.result().mean())
-        assert r.result().shape == (100, 1)
+        assert r.result().shape == (100, 1) and all(row.base is None for row in r.rows)
     assert means[0] == means[1] and abs(means[0] - 5000) < 4 * 10_000 / math.sqrt(12 * 100)
 
 
@@ -297,9 +299,13 @@ def test_statistics_go_to_and_come_from_pytorch_fid(tmp_path, tiny):
     assert (again.n, again.size, again.weights) == (20, "8x8", "tiny")
     np.savez(tmp_path / "theirs.npz", mu=mu, sigma=sigma)
     theirs = fid.statistics_of(tmp_path / "theirs.npz", tiny)
-    assert theirs.weights == "" and theirs.kept is None
+    assert theirs.weights == fid.SHA256 and theirs.kept is None   # pytorch-fid knows no other weights
+    with pytest.raises(SystemExit, match="different networks"):
+        fid.compare(theirs, again)
+    again.weights = fid.SHA256
     scores = fid.compare(theirs, again)["scores"]
-    assert abs(scores["FD (weights tiny)"]) < 1e-9 and "KD (weights tiny)" not in scores
+    assert abs(scores["FID"]) < 1e-9 and "KID" not in scores
+    fid.main([str(tmp_path / "theirs.npz"), str(tmp_path / "theirs.npz"), "--device", "cpu"])   # needs no network
 
 
 @pytest.mark.parametrize("content,message", [
@@ -316,6 +322,15 @@ def test_bad_npz_files_are_one_line_errors(tmp_path, tiny, content, message):
     with pytest.raises(DataError, match=message) as e:
         fid.statistics_of(path, tiny)
     assert "\n" not in str(e.value)
+
+
+def test_a_damaged_npz_is_a_one_line_error(tmp_path, tiny):
+    np.savez_compressed(tmp_path / "a.npz", pictures(50))
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[2000:2100] = bytes(100)
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(DataError, match="is damaged after image"):
+        fid.statistics_of(tmp_path / "a.npz", tiny, batch=4)
 
 
 def test_a_broken_image_ends_the_comparison_with_its_name(tmp_path, tiny):
@@ -382,7 +397,7 @@ def test_a_model_is_scored_as_its_saved_images_would_be(tmp_path, tiny, model):
     two, three = results["run"]
     assert two["fake"] | {"hash": 0} == dict(
         images=10, size="8x8", checkpoint=model[1], hash=0, weights="ema", dtype="fp32", steps=2, seed=0, guidance=1.0,
-        classes=None)
+        classes=None, splits="10, in order")
     assert three["fake"]["steps"] == 3 and two["real"]["images"] == 12
     sampling.main([*model[:2], "-n", "10", "--steps", "2", "--save", str(tmp_path / "png"), "--device", "cpu",
                    "--dtype", "fp32"])
@@ -391,7 +406,7 @@ def test_a_model_is_scored_as_its_saved_images_would_be(tmp_path, tiny, model):
         assert value == pytest.approx(two["scores"][name], rel=1e-5, abs=1e-9), name
     text = (tmp_path / "scores" / "table.md").read_text()
     assert "| model | images | 2 | 3 |" in text and "| run | 10 |" in text and "Against 12 of data-8" in text
-    assert "seed 0, ema weights, guidance 1" in text
+    assert "seed 0, ema weights, fp32, guidance 1" in text
 
 
 def test_an_interrupted_evaluation_goes_on(tmp_path, tiny, model, monkeypatch):
@@ -434,10 +449,12 @@ def test_scores_are_logged_during_training(tmp_path, tiny, monkeypatch):
                 "--sample-steps", "2",
                 "--fid-every", "2", "--fid-samples", "6", "--weights", "random"])
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    scores = [e for e in log if "samples" in e]
+    scores = [e for e in log if "fake" in e]
     assert [e["step"] for e in scores] == [2, 4]
-    about = dict(samples=6, sample_steps=2, real_images=12, network="tiny")
-    assert all(math.isfinite(e["FD (weights tiny)"]) and e | about == e for e in scores)
+    for e in scores:
+        assert math.isfinite(e["FD (weights tiny)"]) and e["features"]["network"] == "tiny"
+        assert e["real"]["images"] == 12
+        assert e["fake"].items() >= dict(images=6, steps=2, seed=0, weights="ema", size="8x8").items()
 
 
 @pytest.mark.parametrize("flags,message", [
@@ -445,6 +462,8 @@ def test_scores_are_logged_during_training(tmp_path, tiny, monkeypatch):
     (["a"], "give REAL and FAKE"),
     (["a", "b", "--ckpt", "c"], "give either two sides, or --ckpt"),
     (["a", "b", "--crop", "3"], "--crop goes with --size"),
+    (["a", "--save", "a"], "ending in .npz"),
+    (["a.npz", "--save", "a.npz"], "needs a new file"),
     (["--ckpt", "c", "-n", "1"], "-n at least 2"),
 ])
 def test_bad_flags_are_explained(flags, message, capsys):
