@@ -102,6 +102,10 @@ def truncated_snr(log_snr):
     return log_snr.exp().clamp(min=1)
 
 
+# w(λ_t) of Algorithms 1 and 2 by name. logsnr: truncated as well, but nearly flat where the SNR runs into the hundreds.
+WEIGHTS = {"snr": truncated_snr, "logsnr": lambda log_snr: log_snr.clamp(min=1), "none": torch.ones_like}
+
+
 # ---- what the network predicts --------------------------------------------------------------------
 
 
@@ -143,10 +147,13 @@ class Denoiser:
         return cls(net, SCHEDULES[state["schedule"]](), state["predicts"], net.config.classes or None)
 
     def output(self, z, t, y=None, w=1.0):
-        """The network's own output; if w ≠ 1 guided: null + w (class − null), in one batch (Ho & Salimans 2022)."""
+        """The network's own output; if w ≠ 1 guided: null + w (class − null), in one batch (Ho & Salimans 2022).
+
+        w: a number, or a tensor (B, 1, 1, 1) with a weight for each image (which is then always guided).
+        """
         if y is None:
             return self.net(z, t)
-        if w == 1.0:
+        if not torch.is_tensor(w) and w == 1.0:
             return self.net(z, t, y)
         if self.null is None:
             raise ValueError("guidance needs a model with a null class")
@@ -189,17 +196,19 @@ def _ratio(s1, s):
 
 
 @torch.no_grad()
-def ddim_target(xhat, z, x1, t, t1, t2, **cond):
+def ddim_target(xhat, z, x1, t, t1, t2, target="ddim", **cond):
     """Two small steps t -> t' -> t'' and the x'' with which one big step would land there too (Algorithm 2).
 
     z (B, C, H, W) at t; x1 = x̂(z_t), already evaluated; `xhat` makes the second prediction, with `cond`
     (y, w) as its condition. Returns x'' and z_t'', both without gradient: x'' is the target that x' is
-    pulled to, and z_t'' is where the next pair of steps begins.
+    pulled to, and z_t'' is where the next pair of steps begins. target "x0" returns x̂(z_t') itself as x'',
+    which is what sections 1 and 4.1 and Figure 1 describe.
     """
     schedule = xhat.schedule
     z1 = ddim_step(schedule, z, x1, t, t1)
-    z2 = ddim_step(schedule, z1, xhat(z1, t1, **cond), t1, t2)
-    return ddim_inverse(schedule, z, z2, t, t2), z2
+    x0 = xhat(z1, t1, **cond)
+    z2 = ddim_step(schedule, z1, x0, t1, t2)
+    return x0 if target == "x0" else ddim_inverse(schedule, z, z2, t, t2), z2
 
 
 # ---- sampling -----------------------------------------------------------------------------------------

@@ -100,13 +100,15 @@ def drop_labels(y, null, p=LABEL_DROPOUT):
 class Run:
     """A network in training with its average, optimiser, place in the run and files. One loop, `fit`, drives it.
 
-    args needs: out, size, updates, lr, warmup, betas, clip, ema, seed, dtype, log_every, save_every, sample_every
-    classes: their names, if the network has them
+    args   needs: out, updates, batch, lr, lr_end, warmup, betas, clip, ema, seed, dtype, compile, log_every, save_every
+    about  what the checkpoint says of the model: schedule, predicts, shape, classes, …, as sample.py needs them
+    young  the network starts from random weights, which its average must be quick to forget
+    parts  further state that a resumed run needs, by name: objects with state_dict and load_state_dict
     """
 
-    def __init__(self, args, net, device, classes=()):
-        self.args, self.device, self.out = args, device, Path(args.out)
-        self.shape, self.classes = [net.config.in_channels, args.size, args.size], list(classes)
+    def __init__(self, args, net, device, about, young=True):
+        self.args, self.device, self.out, self.about, self.young = args, device, Path(args.out), about, young
+        self.parts = {}
         self.net = net.to(device, memory_format=memory_format(device))
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.model = torch.compile(self.net) if args.compile else self.net
@@ -121,8 +123,8 @@ class Run:
         return autocast(self.device, self.args.dtype)
 
     def lr(self):
-        """Learning rate of the update about to be made: linear warm-up, then constant."""
-        return self.args.lr * min(1, (self.step + 1) / max(1, self.args.warmup))
+        """Learning rate of the update about to be made."""
+        return learning_rate(self.args, self.step)
 
     def update(self, loss):
         """One optimiser step, and one of the weight average. Returns the norm of the gradient before clipping."""
@@ -133,17 +135,15 @@ class Run:
         self.opt.step()
         self.opt.zero_grad(set_to_none=True)
         # A short memory at first: an average still full of the random start would show noise for thousands of updates.
-        decay = min(self.args.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - decay)
+        follow(self.ema, self.net, min(self.args.ema, (1 + self.step) / (10 + self.step) if self.young else 1))
         self.step += 1
         return norm
 
     def state(self):
         """Everything a run needs to go on exactly, and sample.py needs to load the model."""
-        return dict(config=config_dict(self.net.config), schedule="cosine", predicts="v", step=self.step,
-                    shape=self.shape, classes=self.classes,
+        return dict(self.about, config=config_dict(self.net.config), step=self.step,
                     args={k: v for k, v in vars(self.args).items() if k not in ("out", "resume", "overwrite")},
+                    parts={name: part.state_dict() for name, part in self.parts.items()},
                     weights=self.net.state_dict(), ema=self.ema.state_dict(), optimizer=self.opt.state_dict(),
                     rng=dict(cpu=torch.get_rng_state(),
                              cuda=torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []))
@@ -162,16 +162,34 @@ class Run:
         self.opt.load_state_dict(state["optimizer"])
         for group in self.opt.param_groups:
             group["betas"] = tuple(self.args.betas)           # flags beat the checkpoint, as everywhere
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
         self.step = state["step"]
         torch.set_rng_state(state["rng"]["cpu"].cpu())
         if self.device.type == "cuda" and len(state["rng"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([s.cpu() for s in state["rng"]["cuda"]])
 
 
-def fit(run, losses, hooks=()):
+def learning_rate(args, step):
+    """Linear warm-up to --lr, then constant; with --lr-end half a cosine from --lr to there (section 5, Table 3)."""
+    warm = min(1, (step + 1) / max(1, args.warmup))
+    if args.lr_end is None:
+        return args.lr * warm
+    progress = max(0, step - args.warmup) / max(1, args.updates - 1 - args.warmup)
+    return warm * (args.lr_end + (args.lr - args.lr_end) * (1 + math.cos(math.pi * min(1, progress))) / 2)
+
+
+@torch.no_grad()
+def follow(average, net, decay):
+    """One step of a running average of weights: decay · average + (1 − decay) · net."""
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+
+
+def fit(run, losses, hooks=(), watch=None):
     """The training loop. losses(step) -> (loss, {name: scalar tensor}).
 
-    hooks  pairs (N, hook): hook(run) is called every N updates and after the last, and may return a dict to log
+    hooks  pairs (N, hook): hook(run) is called every N updates and after the last; returns dicts to log, or nothing
+    watch  called before each line of the log is written and each checkpoint: returns more to log, or ends the run
 
     Nothing here waits for the GPU except where a value is logged. A loss or gradient that is not finite
     ends the run with the last good checkpoint in place, Ctrl-C (or SIGTERM) with a fresh one.
@@ -191,6 +209,7 @@ def fit(run, losses, hooks=()):
             if every(a.log_every) or every(a.save_every) or stop:
                 entry = _mean_of(run, pending, ["loss", "grad_norm", *terms], bar)
                 now = time.perf_counter()
+                entry |= watch() if watch else {}
                 entry |= dict(lr=lr, images_per_s=round(len(pending) * a.batch / (now - since), 1))
                 log.write(json.dumps(entry) + "\n")
                 log.flush()
@@ -200,7 +219,7 @@ def fit(run, losses, hooks=()):
             if every(a.save_every) or stop:
                 run.save()
             for n, hook in hooks:
-                if every(n) and (entry := hook(run)):
+                for entry in (every(n) and hook(run)) or []:
                     log.write(json.dumps({"step": run.step} | entry) + "\n")
                     log.flush()
             since += time.perf_counter() - paused             # neither is training: keep them out of images/s
@@ -217,12 +236,12 @@ def _mean_of(run, pending, names, bar):
     if len(bad):
         bar.close()
         first = run.step - len(pending) + 1 + bad[0].item()
-        sys.exit(f"error: loss or gradient not finite at update {first}; {_what_is_kept(run)}. "
+        sys.exit(f"error: loss or gradient not finite at update {first}; {what_is_kept(run)}. "
                  f"Try a lower --lr, or --dtype fp32.")
     return {"step": run.step} | dict(zip(names, values.mean(0).tolist(), strict=True))
 
 
-def _what_is_kept(run):
+def what_is_kept(run):
     return f"{run.ckpt} holds the last good checkpoint" if run.ckpt.exists() else "there is no checkpoint yet"
 
 
@@ -232,7 +251,7 @@ def disk_errors(run):
     try:
         yield
     except OSError as e:
-        sys.exit(f"error: can't write to {run.out} ({e.strerror or e}); {_what_is_kept(run)}")
+        sys.exit(f"error: can't write to {run.out} ({e.strerror or e}); {what_is_kept(run)}")
 
 
 @contextlib.contextmanager
@@ -259,20 +278,23 @@ def catch_signals():
 RUN_FILES = "ckpt.pt", "log.jsonl", "samples-*.png"
 
 
-def check_out(args, files=RUN_FILES):
-    """Look at OUT before any work: the checkpoint to --resume from, or None. Exits if a run is in the way."""
+def check_out(args, more="--updates N asks for more"):
+    """Look at OUT before any work: the checkpoint to --resume from, or None. Exits if a run is in the way.
+
+    more  what the user of a finished run can do
+    """
     out = Path(args.out)
     if args.resume:
         state = load_checkpoint(out / "ckpt.pt")
         if state["step"] >= args.updates:
-            sys.exit(f"{out} is finished ({state['step']} updates); --updates N asks for more")
+            sys.exit(f"{out} is finished ({state['step']} updates); {more}")
         return state
-    if any(f for pattern in files for f in out.glob(pattern)) and not args.overwrite:
+    if any(f for pattern in RUN_FILES for f in out.glob(pattern)) and not args.overwrite:
         sys.exit(f"error: {out} holds a run already: --resume goes on, --overwrite deletes it, --out takes another")
     return None
 
 
-def claim_out(args, state, files=RUN_FILES):
+def claim_out(args, state):
     """Make OUT ready for the first update: an old run goes, after all checks, lest a typing error delete it."""
     out = Path(args.out)
     try:
@@ -280,7 +302,7 @@ def claim_out(args, state, files=RUN_FILES):
         if state:
             _cut_log(out / "log.jsonl", state["step"])
         else:
-            for f in [f for pattern in files for f in out.glob(pattern)]:
+            for f in [f for pattern in RUN_FILES for f in out.glob(pattern)]:
                 f.unlink()
     except OSError as e:
         sys.exit(f"error: can't write to {out} ({e.strerror})")
@@ -313,26 +335,28 @@ def sample_picture(run, count=80, columns=10):
     """Sample grid from the averaged weights, always with the same noise; with ten classes, each has its column."""
     a, c = run.args, run.net.config
     y = torch.arange(count, device=run.device) % c.classes if c.classes else None
-    xhat = Denoiser(run.ema, SCHEDULES["cosine"](), "v", null=c.classes)
-    z = noise(a.seed, range(count), run.shape).to(run.device, memory_format=memory_format(run.device))
+    xhat = Denoiser.of(run.ema, run.about)
+    z = noise(a.seed, range(count), run.about["shape"]).to(run.device, memory_format=memory_format(run.device))
     with run.autocast():
         x = sample(xhat, z, a.sample_steps, y)
     save_grid(x, run.out / f"samples-{run.step:06d}.png", columns)
 
 
-def scorer(args, images, classes, device):
-    """A hook that scores the averaged weights against the training images, for curves like Figure 3."""
+def scorer(args, images, device, steps):
+    """A hook that scores the averaged weights against the training images, for curves like Figure 3.
+
+    steps  step counts: each gives a line of the log
+    """
     features = load_features(args.weights, device)
     real = packed_statistics(images, features)
 
     def score(run):
-        state = dict(schedule="cosine", predicts="v", shape=run.shape)
-        y = list(range(len(classes))) or None
-        sampler = Sampler(run.ema, state, run.device, args.dtype, y, seed=args.seed)
-        fake = sampled_statistics(sampler, args.sample_steps, args.fid_samples, features,
-                                  dict(weights="ema", dtype=args.dtype))
-        card = compare(real, fake)
-        return card["scores"] | {k: card[k] for k in ("features", "real", "fake")}
+        y = list(range(run.net.config.classes)) or None
+        sampler = Sampler(run.ema, run.about, run.device, args.dtype, y, seed=args.seed)
+        for s in steps:
+            fake = sampled_statistics(sampler, s, args.fid_samples, features, dict(weights="ema", dtype=args.dtype))
+            card = compare(real, fake)
+            yield card["scores"] | {k: card[k] for k in ("features", "real", "fake")}
 
     return score
 
@@ -354,16 +378,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("the method")
     g.add_argument("--distill", type=float, nargs="?", const=0.15, default=0.0, metavar="b",
                    help="weight b of the self-distillation term in Equation 1; the paper uses 0.15; 0: plain training")
-    g.add_argument("--updates", type=int, metavar="P", help="optimiser steps in all (default: %(default)s)")
-    g.add_argument("--batch", type=int, help="images per update (default: %(default)s)")
-    g.add_argument("--lr", type=float, help="learning rate after warm-up (default: %(default)s)")
-    g.add_argument("--warmup", type=int, help="updates over which it rises from 0 (default: %(default)s)")
-    g.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.999], help="of Adam (default: 0.9 0.999)")
-    g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default: 1)")
-    g.add_argument("--ema", type=float,
-                   help="decay of the weight average that samples are drawn from; at update n at most "
-                        "(1 + n) / (10 + n), lest it remember the start (default: %(default)s)")
-    g.add_argument("--seed", type=int, default=0, help="of weights, batches and noise (default: 0)")
+    optimiser_flags(g)
 
     g = p.add_argument_group("the data")
     g.add_argument("--data", metavar="PATH",
@@ -375,7 +390,6 @@ def parse_args(argv=None):
                    help="mirror half of the images (default: on)")
     g.add_argument("--classes", action=argparse.BooleanOptionalAction, default=False,
                    help="condition on the labels (sub-folders); they are dropped one time in ten, for guidance")
-    g.add_argument("--cache", metavar="DIR", help="where packed images are kept (default: $DSD_CACHE or ~/.cache/dsd)")
 
     g = p.add_argument_group("the model (each of these beats what --model says)")
     g.add_argument("--model", choices=CONFIGS, help="size of the UNet, by name (default: %(default)s)")
@@ -387,52 +401,79 @@ def parse_args(argv=None):
     g.add_argument("--dropout", type=float, help="in the residual blocks; x' and x'' then see different masks")
 
     g = p.add_argument_group("the run")
+    g.add_argument("--sample-steps", type=int, metavar="S", help="DDIM steps of the samples (default: %(default)s)")
+    run_flags(g)
+
+    p.set_defaults(**PRESETS[first.preset])
+    args, changed = settle(p, argv, first)
+    if changed - {"updates"}:
+        print(f"resuming with another {', '.join(sorted(changed))}: "
+              f"no longer the same as a run that was never interrupted")
+    check_numbers(p, args)
+    if not 0 <= args.distill <= 1:
+        p.error("--distill must be between 0 and 1: it is b in Equation 1")
+    if getattr(args, "needs_data", False) and args.data is None:
+        p.error(f"--preset {args.preset} trains on real images: give their folder, zip or LMDB as --data")
+    return args
+
+
+def optimiser_flags(g):
+    """The flags of `Run`'s optimiser, for every script that trains."""
+    g.add_argument("--updates", type=int, metavar="P", help="optimiser steps in all (default: %(default)s)")
+    g.add_argument("--batch", type=int, help="images per update (default: %(default)s)")
+    g.add_argument("--lr", type=float, help="learning rate after warm-up (default: %(default)s)")
+    g.add_argument("--lr-end", type=float, help="where it falls to, along a cosine (default: it stays)")
+    g.add_argument("--warmup", type=int, help="updates over which it rises from 0 (default: %(default)s)")
+    g.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.999],
+                   help="of Adam (default: 0.9 0.999)")
+    g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default: 1)")
+    g.add_argument("--ema", type=float,
+                   help="decay of the weight average that samples are drawn from (default: %(default)s)")
+    g.add_argument("--seed", type=int, default=0, help="of weights, batches and noise (default: 0)")
+
+
+def run_flags(g):
+    """The flags of `fit`, `scorer` and the device, for every script that trains."""
     g.add_argument("--overwrite", action="store_true", help="delete the run that --out holds")
     g.add_argument("--log-every", type=int, metavar="N",
                    help="updates between two lines of log.jsonl (default: %(default)s)")
     g.add_argument("--sample-every", type=int, metavar="N",
                    help="updates between two sample grids; 0: none (default: %(default)s)")
-    g.add_argument("--sample-steps", type=int, metavar="S", help="DDIM steps of those samples (default: %(default)s)")
+    g.add_argument("--save-every", type=int, metavar="N", help="updates between two checkpoints (default: %(default)s)")
     g.add_argument("--fid-every", type=int, default=0, metavar="N",
                    help="updates between two scores (as fid.py gives) in log.jsonl (default: 0: none)")
     g.add_argument("--fid-samples", type=int, default=10_000, metavar="M", help="images for each (default: 10000)")
     g.add_argument("--weights", metavar="FILE", help="Inception weights for that, or random, as in fid.py")
-    g.add_argument("--save-every", type=int, metavar="N", help="updates between two checkpoints (default: %(default)s)")
+    g.add_argument("--cache", metavar="DIR", help="where packed images are kept (default: $DSD_CACHE or ~/.cache/dsd)")
     g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
                    help="precision of the network's insides (default: bf16 where the hardware has it)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
 
-    p.set_defaults(**PRESETS[first.preset])
+
+def settle(p, argv, first):
+    """Parse with the settings of the run that --resume names as defaults: (args, names of settings that changed)."""
     saved = load_checkpoint(Path(first.out) / "ckpt.pt")["args"] if first.resume else {}
     p.set_defaults(**{k: v for k, v in saved.items() if k not in ("out", "resume", "overwrite")})
     args = p.parse_args(argv)
-    changed = [k for k, v in saved.items() if getattr(args, k, v) != v and k != "updates"]
-    if changed:
-        print(f"resuming with another {', '.join(changed)}: no longer the same as a run that was never interrupted")
-    _check(p, args)
-    return args
+    return args, {k for k, v in saved.items() if getattr(args, k, v) != v}
 
 
-def _check(p, args):
+def check_numbers(p, args):
     """Refuse values that can't work before anything is touched."""
     least = dict(updates=1, batch=1, size=1, log_every=1, save_every=1, sample_steps=1,
                  sample_every=0, fid_every=0, fid_samples=2, warmup=0, seed=0)
     for name, value in least.items():
-        if getattr(args, name) < value:
+        if getattr(args, name, value) < value:
             p.error(f"--{name.replace('_', '-')} must be at least {value}")
-    if not 0 <= args.distill <= 1:
-        p.error("--distill must be between 0 and 1: it is b in Equation 1")
     if not all(0 <= beta < 1 for beta in args.betas):
         p.error("--betas must be at least 0 and below 1")
     if not 0 <= args.ema < 1:
         p.error("--ema must be at least 0 and below 1")
-    for name in ("lr", "clip", "crop"):
-        value = getattr(args, name)
+    for name in ("lr", "lr_end", "clip", "crop"):
+        value = getattr(args, name, None)
         if value is not None and not (value > 0 and math.isfinite(value)):
-            p.error(f"--{name} must be a positive number")
-    if getattr(args, "needs_data", False) and args.data is None:
-        p.error(f"--preset {args.preset} trains on real images: give their folder, zip or LMDB as --data")
+            p.error(f"--{name.replace('_', '-')} must be a positive number")
 
 
 def make_config(args):
@@ -459,9 +500,10 @@ def main(argv=None):
     classes = images.classes if args.classes else []
     hooks = [(args.sample_every, sample_picture)]
     if args.fid_every:
-        hooks.append((args.fid_every, scorer(args, images, classes, device)))
+        hooks.append((args.fid_every, scorer(args, images, device, [args.sample_steps])))
     torch.manual_seed(args.seed)
-    run = Run(args, UNet(replace(config, classes=len(classes))), device, classes)
+    about = dict(schedule="cosine", predicts="v", shape=[3, args.size, args.size], classes=list(classes))
+    run = Run(args, UNet(replace(config, classes=len(classes))), device, about)
     if state:
         run.load(state)
     claim_out(args, state)

@@ -1,0 +1,487 @@
+"""Distil a trained diffusion model into itself (section 4.1): afterwards it samples well in few steps.
+
+    python distill.py --schedule dsdi                          # the last trained model; no data, no teacher
+    python distill.py --schedule tsd --ckpt out/train/ckpt.pt  # a frozen teacher makes the targets, for comparison
+    python distill.py --schedule pd --data celeba.zip          # progressive distillation: the one that reads data
+    python distill.py --schedule dsdgl --dry-run               # the plan as a table, and Figure 4; distils nothing
+    python distill.py --resume --out out/dsdi                  # go on where a run stopped, in mid-trajectory
+
+A run leaves OUT/ckpt.pt (for sample.py, fid.py, and as --ckpt for another run), OUT/log.jsonl and
+OUT/samples-NNNNNN.png: the model before and after, at 2, 4, 8 and 64 steps, from the same noise.
+"""
+
+import argparse
+import copy
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import load_data, save_grid
+from ddim import WEIGHTS, Denoiser, ddim_step, ddim_target
+from model import file_hash, load_model, memory_format, param_count, pick_device, pick_dtype
+from sample import Sampler
+from train import (
+    Run,
+    batches,
+    check_numbers,
+    check_out,
+    claim_out,
+    fit,
+    follow,
+    learning_rate,
+    optimiser_flags,
+    run_flags,
+    scorer,
+    settle,
+    what_is_kept,
+)
+
+# ---- the plan: which step sizes, and how many updates each ----------------------------------------------
+
+
+def halves(n):
+    """n, n/2, n/4 … 2, each made even by rounding down: 64, 32, 16, 8, 4, 2 (section 4.1.1, DSDI)."""
+    return [n] if n == 2 else [n, *halves(n // 4 * 2)]
+
+
+def downwards(n):
+    """n, n − 2, n − 4 … 2 (section 4.1.1, DSDGL)."""
+    return list(range(n, 0, -2))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What tells one method from another: all of them go through the same loop."""
+
+    depths: callable                             # start depth N -> the depths N_i
+    share: callable = lambda depth: 1.0          # of the updates, not normalised
+    teacher: bool = False                        # a frozen copy of the model, renewed at each depth, makes the targets
+    data: bool = False                           # z_t from data at random t, not from a trajectory
+
+
+SCHEDULES = {
+    "dsdn": Schedule(lambda n: [n]),
+    "dsdi": Schedule(halves),
+    "dsdgl": Schedule(downwards),
+    # exp(1/S), S = …, 6, 4, 2, 1 the step count that depth N_i aims at (Appendix J, read so that few steps get most)
+    "dsdgexp": Schedule(downwards, lambda depth: math.exp(1 / max(1, depth - 2))),
+    "tsd": Schedule(halves, teacher=True),
+    "pd": Schedule(halves, teacher=True, data=True),
+}
+
+
+def plan(schedule, steps, updates):
+    """[(N_i, updates at this depth), …]: the U_i of section 4.1.1, counted in updates, which sum exactly to P.
+
+    schedule  a name in SCHEDULES;  steps  the start depth N, even;  updates  P, at least one for each depth
+    A trajectory of N_i steps makes N_i / 2 updates; the last one of a depth is cut short where its budget ends.
+    Raises ValueError for a plan that can't be made.
+    """
+    if steps < 2 or steps % 2:
+        raise ValueError(f"--steps {steps}: the start depth must be even and at least 2, as steps are taken in pairs")
+    depths = SCHEDULES[schedule].depths(steps)
+    if updates < len(depths):
+        raise ValueError(f"--updates {updates}: {schedule} from {steps} steps has {len(depths)} depths, "
+                         f"and each needs at least one update")
+    shares = [SCHEDULES[schedule].share(depth) for depth in depths]
+    spare, ends, total = updates - len(depths), [0], 0.0       # one update each; the rest in proportion
+    for i, share in enumerate(shares, 1):
+        total += share
+        ends.append(i + round(spare * total / sum(shares)))
+    return [(depth, ends[i + 1] - ends[i]) for i, depth in enumerate(depths)]
+
+
+def place(plan, step):
+    """Where update number `step` falls: (depth N_i, which update of that depth)."""
+    for depth, updates in plan:
+        if step < updates:
+            return depth, step
+        step -= updates
+    raise IndexError("the plan is spent")
+
+
+# ---- one update -------------------------------------------------------------------------------------------
+
+
+def distillation_loss(xhat, z, times, second, first=None, target="ddim", weight="snr", **cond):
+    """Algorithm 2 on one pair of steps t -> t' -> t'': pull x' = x̂_θ(z_t) to the x'' of one big step.
+
+    xhat    x̂_θ, the Denoiser in training;  z (B, C, H, W) noisy images z_t;  times  t, t', t'', each (B,)
+    second  the Denoiser that takes the second step: xhat itself (DSD), or a running average of it
+    first   one to take the first step as well: the teacher η of TSD and PD (Algorithm 1); None: x' does
+    cond    y, w: the condition, the same in all evaluations
+    returns loss (scalar), and z_t'' (B, C, H, W), where a trajectory goes on: no gradient
+
+        L = w(λ_t) ‖x' − x''‖²,   λ_t = log(α_t² / σ_t²)
+    """
+    t, t1, t2 = times
+    x1 = xhat(z, t, **cond)                                   # x': the only evaluation with a gradient
+    with torch.no_grad():
+        x = x1.detach() if first is None else first(z, t, **cond)
+    x2, z2 = ddim_target(second, z, x, t, t1, t2, target, **cond)
+    w = WEIGHTS[weight](xhat.schedule.log_snr(t))             # (B, 1, 1, 1)
+    return (w * (x1 - x2).square()).mean(), z2
+
+
+class Trajectories:
+    """z_t of Algorithm 2: a batch that walks from noise to data in N_i steps, two of them in each update.
+
+    With `stagger` its trajectories stand at evenly spread places, so that every update sees all noise
+    levels, and one that arrives restarts from noise. Otherwise (the paper) all stand at the same t.
+    """
+
+    def __init__(self, shape, batch, device, classes=0, guidance=(1.0, 3.0), stagger=False):
+        self.classes, self.guidance, self.stagger = classes, guidance, stagger
+        self.z = torch.zeros(batch, *shape, device=device).contiguous(memory_format=memory_format(device))
+        self.y = torch.zeros(batch, dtype=torch.long, device=device)
+        self.w = torch.ones(batch, 1, 1, 1, device=device)
+        self.ends = torch.zeros_like(self.z)                  # where each trajectory arrived last
+        self.arrived = torch.zeros(batch, dtype=torch.bool)
+
+    def state_dict(self):
+        return dict(z=self.z, y=self.y, w=self.w, ends=self.ends, arrived=self.arrived)
+
+    def load_state_dict(self, state):
+        for name, value in self.state_dict().items():
+            value.copy_(state[name])
+
+    def pairs(self, depth, u):
+        """Which pair of steps, 0 … N_i / 2 − 1 from noise to data, each trajectory makes in update u of a depth."""
+        offset = torch.arange(len(self.z)) * (depth // 2) // len(self.z) if self.stagger else 0
+        return (torch.zeros(len(self.z), dtype=torch.long) + offset + u) % (depth // 2)
+
+    def cond(self):
+        return dict(y=self.y, w=self.w) if self.classes else {}
+
+    def start(self, which):
+        """New noise, class and guidance weight for the trajectories in the mask `which`: one w for all of them."""
+        if which.any():
+            z, n = self.z, int(which.sum())
+            z[which] = torch.randn(n, *z.shape[1:], device=z.device)
+            if self.classes:
+                low, high = self.guidance
+                self.y[which] = torch.randint(self.classes, (n,), device=z.device)
+                self.w[which] = low + (high - low) * torch.rand(1, 1, 1, 1, device=z.device)
+
+    def batch(self, xhat, depth, u):
+        """z_t, the times t, t', t'' (each (B,)) and the condition of update u of a depth."""
+        times = torch.tensor(xhat.schedule.times(depth))
+        now = self.pairs(depth, u)
+        if u == 0:
+            self.start(torch.ones_like(now, dtype=torch.bool))
+            self._spread(xhat, times, now)
+        else:
+            self.start(now == 0)
+        return self.z, [times[2 * now + i].to(self.z.device) for i in range(3)], self.cond()
+
+    @torch.no_grad()
+    def _spread(self, xhat, times, now):
+        """Walk fresh noise to the places `now` of a staggered batch: one evaluation for each step of two."""
+        for k in range(int(now.max())):
+            go = (now > k).to(self.z.device)
+            cond = {name: value[go] for name, value in self.cond().items()}
+            z = self.z[go]
+            self.z[go] = ddim_step(xhat.schedule, z, xhat(z, times[2 * k], **cond), times[2 * k], times[2 * k + 2])
+
+    def advance(self, z2, depth, u):
+        self.z = z2
+        there = self.pairs(depth, u) == depth // 2 - 1
+        if there.any():
+            self.ends = torch.where(there.to(z2.device)[:, None, None, None], z2, self.ends)
+            self.arrived |= there
+
+
+class DataPairs:
+    """z_t of Algorithm 1: data with noise, at a random t of the student's grid of N_i / 2 steps."""
+
+    def __init__(self, stream, classes=0, guidance=(1.0, 3.0)):
+        self.stream, self.classes, self.guidance = stream, classes, guidance
+
+    def batch(self, xhat, depth, u):
+        x, y = next(self.stream)
+        times = torch.tensor(xhat.schedule.times(depth), device=x.device)
+        now = torch.randint(depth // 2, (len(x),), device=x.device)
+        t, t1, t2 = (times[2 * now + i] for i in range(3))
+        a, s = xhat.schedule(t)
+        low, high = self.guidance
+        w = (low + (high - low) * torch.rand(1, 1, 1, 1, device=x.device)).expand(len(x), 1, 1, 1)
+        return a * x + s * torch.randn_like(x), [t, t1, t2], dict(y=y, w=w) if self.classes else {}
+
+    def advance(self, z2, depth, u):
+        pass
+
+
+class Updates:
+    """losses(step) for train.fit: finds the update's place in the plan, keeps teacher and average up to date."""
+
+    def __init__(self, run, plan, source):
+        a, self.run, self.plan, self.source = run.args, run, plan, source
+        self.how = dict(target=a.target, weight=a.weight)
+        self.xhat = self.second = Denoiser.of(run.model, run.about)
+        self.first = self.copy = None
+        if SCHEDULES[a.schedule].teacher:
+            self.copy = run.parts["teacher"] = copy.deepcopy(run.ema)
+            self.first = self.second = Denoiser.of(self.copy, run.about)
+        elif a.target_ema:
+            shared = a.target_ema == a.ema                    # then the average for sampling is the very same
+            self.copy = run.ema if shared else copy.deepcopy(run.ema)
+            if not shared:
+                run.parts["target"] = self.copy
+            self.second = Denoiser.of(self.copy, run.about)
+
+    def __call__(self, step):
+        depth, u = place(self.plan, step)
+        if self.first and u == 0:
+            follow(self.copy, self.run.net, 0.0)              # η ← θ: the student becomes the teacher
+        elif self.copy is not None and not self.first and self.copy is not self.run.ema and step:
+            follow(self.copy, self.run.net, self.run.args.target_ema)
+        z, times, cond = self.source.batch(self.xhat, depth, u)
+        loss, z2 = distillation_loss(self.xhat, z, times, self.second, self.first, **self.how, **cond)
+        self.source.advance(z2, depth, u)
+        return loss, {}
+
+
+# ---- what is looked at on the way -------------------------------------------------------------------------
+
+SHOWN = 2, 4, 8, 64        # step counts of the pictures, and of the scores except for the last
+
+
+def show(sampler, n=10):
+    """n samples at each of SHOWN, from the same noise: (rows, n, C, H, W) float32 on the CPU."""
+    with tqdm(total=sum(SHOWN), desc="sampling", unit="step", leave=False, dynamic_ncols=True) as bar:
+        return torch.stack([sampler(range(n), s, bar).float().cpu().contiguous() for s in SHOWN])
+
+
+def sampler_of(run, net):
+    y = list(range(net.config.classes)) or None
+    return Sampler(net, run.about, run.device, run.args.dtype, y, seed=run.args.seed)
+
+
+def compare_picture(run):
+    """Before and after under each other for each step count, each column from one noise; the EMA is what is shown."""
+    before, after = run.about["before"], show(sampler_of(run, run.ema))
+    labels = [f"{s} {when}" for s in SHOWN for when in ("before", "after")]
+    rows = torch.stack([before, after], 1).flatten(0, 2)      # 2 before, 2 after, 4 before …
+    save_grid(rows, run.out / f"samples-{run.step:06d}.png", before.shape[1], labels)
+
+
+def moments(x):
+    """Mean, standard deviation and diversity of images (B, C, H, W): how much a pixel differs from image to image."""
+    return dict(mean=x.mean().item(), std=x.std().item(), diversity=x.std(0).mean().item() if len(x) > 1 else math.nan)
+
+
+class Watch:
+    """Nothing anchors a data-free run: log where its trajectories end, and end it when that makes no sense.
+
+    Sane is a standard deviation and a diversity within a factor `drift` of those the undistilled model's
+    samples had, and a mean within `drift` of their standard deviations.
+    """
+
+    def __init__(self, run, plan, trajectories):
+        self.run, self.plan, self.trajectories = run, plan, trajectories
+        self.was = moments(run.about["before"][-1])
+
+    def __call__(self):
+        depth, _ = place(self.plan, self.run.step - 1)
+        arrived = self.trajectories.ends[self.trajectories.arrived.to(self.run.device)]
+        if not len(arrived):
+            return dict(depth=depth)
+        now, was, f = moments(arrived.float()), self.was, self.run.args.drift
+        sane = {"mean": (was["mean"] - f * was["std"], was["mean"] + f * was["std"])}
+        sane |= {k: (was[k] / f, was[k] * f) for k in ("std", "diversity")}
+        for name, (low, high) in sane.items():
+            if len(arrived) > 1 and f and not low <= now[name] <= high:
+                sys.exit(f"error: at update {self.run.step} the trajectories end with a {name} of {now[name]:.3g}; "
+                         f"before distillation it was {was[name]:.3g}, sane is {low:.3g} to {high:.3g} (--drift). "
+                         f"{what_is_kept(self.run)}. Try a lower --lr, fewer --updates, or --target-ema 0.98")
+        return dict(depth=depth) | now
+
+
+# ---- the plan, shown (Figure 4) ---------------------------------------------------------------------------
+
+
+def shares_of(args, schedule):
+    """[(N_i, updates, share of the updates, share weighted by their learning rates)] of a schedule (Figure 4)."""
+    rows, step, rates = plan(schedule, args.steps, args.updates), 0, []
+    for _, updates in rows:
+        rates.append(sum(learning_rate(args, i) for i in range(step, step + updates)))
+        step += updates
+    return [(depth, n, n / args.updates, rate / sum(rates))
+            for (depth, n), rate in zip(rows, rates, strict=True)]
+
+
+def dry_run(args):
+    """Print the plan as a table, and draw Figure 4 for all schedules where matplotlib is installed."""
+    print(f"{args.schedule}: {args.updates:,} updates of {args.batch}, from {args.steps} steps\n")
+    print(" depth  updates   share  by rate  trajectories")
+    for depth, updates, share, weighted in shares_of(args, args.schedule):
+        walks = "-" if SCHEDULES[args.schedule].data else -(-updates // (depth // 2))
+        print(f"{depth:6d} {updates:8,d} {share:7.1%} {weighted:8.1%} {walks:>13}")
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("\nFigure 4 is drawn where matplotlib is installed: pip install matplotlib")
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for name in SCHEDULES:
+        try:
+            depths, _, share, weighted = zip(*shares_of(args, name), strict=True)
+        except ValueError:                                    # too few updates for this one
+            continue
+        for axis, values in zip(axes, (share, weighted), strict=True):
+            axis.plot(depths, values, marker="o", markersize=3 + 3 * (name == args.schedule), label=name)
+    for axis, title in zip(axes, ("share of updates", "weighted by the learning rate"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="depth N (a step is 1/N)", title=title)
+        axis.invert_xaxis()
+    axes[0].legend()
+    path = Path(args.out) / "plan.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    print(f"\nwrote {path}")
+
+
+# ---- command line -----------------------------------------------------------------------------------------
+
+DEFAULTS = dict(updates=128, batch=32, lr=1e-5, warmup=12, ema=0.98, log_every=8, sample_every=0, save_every=64)
+
+
+def parse_args(argv=None):
+    """Flags beat the settings of a resumed run, which beat the defaults."""
+    pre = argparse.ArgumentParser(add_help=False)
+    pre.add_argument("--schedule", choices=SCHEDULES, default="dsdi", help="the method (default: %(default)s)")
+    pre.add_argument("--resume", action="store_true", help="continue the run in --out, with its own settings")
+    pre.add_argument("--out", metavar="DIR", help="folder of the run (default: out/<schedule>)")
+    first = pre.parse_known_args(argv)[0]
+    first.out = first.out or f"out/{first.schedule}"
+    p = argparse.ArgumentParser(parents=[pre], description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("the method")
+    g.add_argument("--ckpt", default="out/train/ckpt.pt", metavar="FILE",
+                   help="the model to distil; it starts from its averaged weights (default: %(default)s)")
+    g.add_argument("--steps", type=int, default=64, metavar="N", help="start depth (default: 64, the paper's)")
+    g.add_argument("--target", choices=["ddim", "x0"], default="ddim",
+                   help="x'': where one big step must aim (ddim, Algorithm 2), or the next step's own prediction (x0, "
+                        "section 4.1) (default: ddim)")
+    g.add_argument("--weight", choices=WEIGHTS, default="snr",
+                   help="w(λ) of the loss: truncated SNR, its logarithm, or 1 (default: snr, the paper's)")
+    g.add_argument("--target-ema", type=float, default=0.0, metavar="D",
+                   help="a running average of the weights with this decay makes the second evaluation: steadier than "
+                        "the model itself; if D is that of --ema, without a further copy (default: 0, the paper's)")
+    g.add_argument("--stagger", action="store_true",
+                   help="spread a batch's trajectories over all noise levels, where the paper's all stand at the same")
+    g.add_argument("--guidance", type=float, nargs=2, default=[1.0, 3.0], metavar=("LOW", "HIGH"),
+                   help="range of the guidance weight, for models with classes (default: 1 3)")
+    optimiser_flags(g)
+
+    g = p.add_argument_group("the data")
+    g.add_argument("--data", metavar="PATH",
+                   help="folder, zip or LMDB that pd and --fid-every read (default: what the model was trained on)")
+    g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
+                   help="mirror half of the images for pd (default: on)")
+
+    g = p.add_argument_group("the run")
+    g.add_argument("--dry-run", action="store_true", help="only print the plan, and draw it to OUT/plan.png")
+    g.add_argument("--drift", type=float, default=3.0, metavar="F",
+                   help="end the run when the trajectories arrive with F times more or less contrast or diversity than "
+                        "before; 0: never (default: 3)")
+    run_flags(g)
+
+    p.set_defaults(**DEFAULTS, out=first.out)
+    args, changed = settle(p, argv, first)
+    fixed = {"schedule", "ckpt", "steps", "updates", "batch", "stagger", "target_ema"} & changed
+    if fixed:
+        p.error(f"--resume can't change {', '.join('--' + f.replace('_', '-') for f in sorted(fixed))}: "
+                f"the place in the plan depends on it")
+    _check(p, args)
+    return args
+
+
+def _check(p, args):
+    """Refuse values that can't work before anything is touched, and settle what depends on others."""
+    check_numbers(p, args)
+    if not 0 <= args.target_ema < 1:
+        p.error("--target-ema must be at least 0 and below 1")
+    if args.target_ema and SCHEDULES[args.schedule].teacher:
+        p.error(f"--target-ema is for the methods without a teacher; in {args.schedule} the teacher makes the target")
+    if args.stagger and SCHEDULES[args.schedule].data:
+        p.error(f"--stagger spreads trajectories, and {args.schedule} has none")
+    if args.data and not (SCHEDULES[args.schedule].data or args.fid_every):
+        p.error(f"{args.schedule} reads no data; --data is for pd and --fid-every")
+    if not 0 <= args.guidance[0] <= args.guidance[1]:
+        p.error("--guidance LOW HIGH: two weights, the lower one first")
+    if args.drift and args.drift <= 1:
+        p.error("--drift is a factor: above 1, or 0 for never")
+    if Path(args.ckpt).resolve() == (Path(args.out) / "ckpt.pt").resolve():
+        p.error("--out is the folder of --ckpt: the distilled model would take its place")
+    args.lr_end = args.lr / 10 if args.lr_end is None else args.lr_end      # to 10 % (section 5)
+    try:
+        plan(args.schedule, args.steps, args.updates)
+    except ValueError as e:
+        p.error(str(e))
+
+
+def history(args, source):
+    """What was done to a model, one dict for each run: training, distillation, distillation of that …"""
+    was = source.get("args", {})
+    trained = dict(how="train", updates=source.get("step"), distill=was.get("distill"), data=was.get("data"))
+    keep = "updates", "batch", "steps", "lr", "lr_end", "target", "weight", "target_ema", "ema", "stagger", "seed"
+    now = dict(how=args.schedule, ckpt=str(args.ckpt), hash=file_hash(args.ckpt)) | {k: getattr(args, k) for k in keep}
+    return [*source.get("history", [trained]), now]
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.dry_run:
+        return dry_run(args)
+    device = pick_device(args.device)
+    args.dtype = pick_dtype(args.dtype, device)
+    state = check_out(args, f"distil it further as --ckpt {args.out}/ckpt.pt, into another --out")
+    net, source = load_model(Path(args.out) / "ckpt.pt" if state else args.ckpt, device)
+    was = source.get("args", {})
+    args.size, args.crop, args.data = source["shape"][1], was.get("crop"), args.data or was.get("data")
+    about = {k: source[k] for k in ("schedule", "predicts", "shape", "classes")}
+    about["history"] = source["history"] if state else history(args, source)
+    torch.manual_seed(args.seed)
+    run = Run(args, net.requires_grad_(True), device, about, young=False)
+    steps, classes = plan(args.schedule, args.steps, args.updates), net.config.classes
+    check_depths(run, steps)
+    about["before"] = source["before"] if state else show(sampler_of(run, run.ema))
+
+    hooks, images, watch = [(args.sample_every or args.updates, compare_picture)], None, None
+    if SCHEDULES[args.schedule].data or args.fid_every:
+        images = load_data(args.data, args.size, args.crop, args.cache)
+    if args.fid_every:
+        hooks.append((args.fid_every, scorer(args, images, device, SHOWN[:-1])))
+    if SCHEDULES[args.schedule].data:
+        start = state["step"] if state else 0
+        points = DataPairs(batches(images, args, start, device), classes, args.guidance)
+    else:
+        points = run.parts["trajectories"] = Trajectories(
+            about["shape"], args.batch, device, classes, args.guidance, args.stagger)
+        watch = Watch(run, steps, points)
+    updates = Updates(run, steps, points)
+    if state:
+        run.load(state)
+    claim_out(args, state)
+    print(f"{args.schedule}: {param_count(net) / 1e6:.2f} M parameters, {args.updates:,} updates of {args.batch} on "
+          f"{device} in {args.dtype}, from {args.steps} steps, lr {args.lr:g} to {args.lr_end:g}")
+    fit(run, updates, hooks, watch)
+    print(f"done: {run.ckpt} and {run.out}/samples-{run.step:06d}.png; "
+          f"scores: python fid.py --ckpt {args.ckpt} {run.ckpt}")
+
+
+def check_depths(run, steps):
+    """Exit if the noise schedule can't take as many steps as the plan asks for."""
+    try:
+        for depth, _ in steps:
+            Denoiser.of(run.net, run.about).schedule.times(depth)
+    except ValueError as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()
