@@ -161,11 +161,11 @@ class Trajectories:
         """New noise, class and guidance weight for the trajectories in the mask `which`: one w for all of them."""
         if which.any():
             z, n = self.z, int(which.sum())
-            z[which] = torch.randn(n, *z.shape[1:], device=z.device)
+            z[which] = torch.randn(n, *z.shape[1:], dtype=z.dtype, device=z.device)
             if self.classes:
                 low, high = self.guidance
                 self.y[which] = torch.randint(self.classes, (n,), device=z.device)
-                self.w[which] = low + (high - low) * torch.rand(1, 1, 1, 1, device=z.device)
+                self.w[which] = low + (high - low) * torch.rand(1, 1, 1, 1, dtype=z.dtype, device=z.device)
 
     def batch(self, xhat, depth, u):
         """z_t, the times t, t', t'' (each (B,)) and the condition of update u of a depth."""
@@ -216,31 +216,33 @@ class DataPairs:
 
 
 class Updates:
-    """losses(step) for train.fit: finds the update's place in the plan, keeps teacher and average up to date."""
+    """losses(step) for train.fit: finds the update's place in the plan, and keeps teacher and average up to date."""
 
     def __init__(self, run, plan, source):
         a, self.run, self.plan, self.source = run.args, run, plan, source
-        self.how = dict(target=a.target, weight=a.weight)
+        self.options = dict(target=a.target, weight=a.weight)
         self.xhat = self.second = Denoiser.of(run.model, run.about)
-        self.first = self.copy = None
+        self.first = None
         if SCHEDULES[a.schedule].teacher:
-            self.copy = run.parts["teacher"] = copy.deepcopy(run.ema)
-            self.first = self.second = Denoiser.of(self.copy, run.about)
+            self.first = self.second = self._copy("teacher")
+        elif a.target_ema and a.target_ema == a.ema:
+            self.second = Denoiser.of(run.ema, run.about)     # the average for sampling is the very same: no copy
         elif a.target_ema:
-            shared = a.target_ema == a.ema                    # then the average for sampling is the very same
-            self.copy = run.ema if shared else copy.deepcopy(run.ema)
-            if not shared:
-                run.parts["target"] = self.copy
-            self.second = Denoiser.of(self.copy, run.about)
+            self.second = self._copy("target")
+
+    def _copy(self, name):
+        """A second set of weights, part of the run's state."""
+        self.run.parts[name] = copy.deepcopy(self.run.ema)
+        return Denoiser.of(self.run.parts[name], self.run.about)
 
     def __call__(self, step):
-        depth, u = place(self.plan, step)
-        if self.first and u == 0:
-            follow(self.copy, self.run.net, 0.0)              # η ← θ: the student becomes the teacher
-        elif self.copy is not None and not self.first and self.copy is not self.run.ema and step:
-            follow(self.copy, self.run.net, self.run.args.target_ema)
+        (depth, u), parts, net = place(self.plan, step), self.run.parts, self.run.net
+        if "teacher" in parts and u == 0:
+            follow(parts["teacher"], net, 0.0)                # η ← θ: the student becomes the teacher
+        if "target" in parts and step:
+            follow(parts["target"], net, self.run.args.target_ema)
         z, times, cond = self.source.batch(self.xhat, depth, u)
-        loss, z2 = distillation_loss(self.xhat, z, times, self.second, self.first, **self.how, **cond)
+        loss, z2 = distillation_loss(self.xhat, z, times, self.second, self.first, **self.options, **cond)
         self.source.advance(z2, depth, u)
         return loss, {}
 

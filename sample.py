@@ -235,7 +235,14 @@ def main(argv=None):
             draw_grid(sampler, args.steps, args.n, path)
     except OSError as e:
         sys.exit(f"error: can't write {path} ({e.strerror or e})")
-    print(f"wrote {path}")
+    print(f"wrote {path}{told(state)}")
+
+
+def told(state):
+    """What was done to a distilled model, as the end of a sentence; nothing for one that was only trained."""
+    runs = [f"{h['how']}, {h['updates']:,} updates" + (f" from {h['steps']} steps" if "steps" in h else "")
+            for h in state.get("history", [])]
+    return f" (the model: {'; then '.join(runs)})" if runs else ""
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ class MLP(nn.Module):
 
     def __init__(self, width=128):
         super().__init__()
+        self.config = types.SimpleNamespace(classes=0)
         self.freqs = math.pi * torch.arange(1, 9) / 2
         self.layers = nn.Sequential(nn.Linear(2 + 16, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                     nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
