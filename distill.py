@@ -411,7 +411,7 @@ def _check(p, args):
         p.error(f"--target-ema is for the methods without a teacher; in {args.schedule} the teacher makes the target")
     if args.stagger and SCHEDULES[args.schedule].data:
         p.error(f"--stagger spreads trajectories, and {args.schedule} has none")
-    if args.data and not (SCHEDULES[args.schedule].data or args.fid_every):
+    if args.data and not (SCHEDULES[args.schedule].data or args.fid_every or args.resume):
         p.error(f"{args.schedule} reads no data; --data is for pd and --fid-every")
     if not 0 <= args.guidance[0] <= args.guidance[1]:
         p.error("--guidance LOW HIGH: two weights, the lower one first")

@@ -416,10 +416,12 @@ class Statistics:
 def gather(batches, total, features, card, desc, shuffle=False):
     """Statistics of a stream of image batches (see `Features.__call__`), with a progress bar."""
     moments, scores, kept = Moments(), SplitScores(total, shuffle=shuffle), Reservoir()
-    sizes = set()
+    sizes, values = set(), np.zeros(3)                        # values: count, sum and sum of squares of the pixels
     with tqdm(total=total, desc=desc, unit="img", dynamic_ncols=True) as bar:
         for images in batches:
             sizes |= {f"{i.shape[1]}x{i.shape[0]}" for i in images}
+            for x in (np.asarray(i) / 127.5 - 1 for i in images):
+                values += x.size, x.sum(), np.square(x).sum()
             feats, logits = features(images)
             if not feats.isfinite().all():
                 sys.exit(f"error: {desc}: features are not finite; the images, or the weights, are not usable")
@@ -428,7 +430,8 @@ def gather(batches, total, features, card, desc, shuffle=False):
             bar.update(len(images))
     if moments.n < 2:
         sys.exit(f"error: {desc}: a covariance needs at least two images")
-    card = card | dict(splits="10, shuffled" if shuffle else "10, in order")
+    contrast = (values[2] / values[0] - (values[1] / values[0]) ** 2) ** 0.5
+    card = card | dict(splits="10, shuffled" if shuffle else "10, in order", contrast=round(float(contrast), 4))
     size = sizes.pop() if len(sizes) == 1 else "mixed"
     return Statistics(*moments.result(), moments.n, features.id, size, kept.result(), scores.result(), card)
 
@@ -512,6 +515,8 @@ def compare(real, fake):
         scores[is_name], scores[is_name + " std"] = fake.score
     if real.kept is not None and fake.kept is not None:
         scores[kid_name], scores[kid_name + " std"] = kid(real.kept, fake.kept)
+    if "contrast" in fake.card:                               # above REAL's: over-sharpened; below: washed out
+        scores["contrast"] = fake.card["contrast"]
     card = lambda s: dict(images=s.n or "unknown", size=s.size or "unknown") | s.card  # noqa: E731
     about = dict(network=fake.weights, resized="bilinear to 299x299, as pytorch-fid")
     return dict(scores=scores, features=about, real=card(real), fake=card(fake))
@@ -683,7 +688,8 @@ def table(results):
             lines.append(f"| {name} | {cards[0]['fake']['images']:,} | {' | '.join(cells)} |")
     sampled = {"seed {seed}, {weights} weights, {dtype}, guidance {guidance:g}".format(**c["fake"])
                for cards in results.values() for c in cards}
-    counts = {f"{c['real']['images']:,} of {c['real']['source']} ({c['real']['prepared']})"
+    counts = {f"{c['real']['images']:,} of {c['real']['source']} ({c['real']['prepared']}"
+              + (f"; contrast {c['real']['contrast']:.4g})" if "contrast" in c["real"] else ")")
               for cards in results.values() for c in cards}
     lines += ["", f"Against {'; '.join(sorted(counts))}. Features: {first[0]['features']['network']}, images "
               f"{first[0]['features']['resized']}. Samples: {'; '.join(sorted(sampled))}."]

@@ -10,17 +10,18 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
 import distill
-import fid
 import sample
 import train
 from ddim import Cosine, Denoiser
-from model import UNet, UNetConfig, load_checkpoint, load_model, save_checkpoint
+from model import UNet, UNetConfig, config_dict, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -63,15 +64,11 @@ def ckpt(tmp_path):
 
 def write_ckpt(net, path, classes=()):
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = dict(config=distill_config(net), schedule="cosine", predicts="v", shape=SHAPE, classes=list(classes), step=7,
-                 args=dict(data=None, crop=None, distill=0.15, updates=7), weights=net.state_dict(), ema=net.state_dict())
+    state = dict(config=config_dict(net.config), schedule="cosine", predicts="v", shape=SHAPE, classes=list(classes),
+                 args=dict(data="faces.zip", crop=None, distill=0.15, updates=7), step=7,
+                 weights=net.state_dict(), ema=net.state_dict())
     save_checkpoint(path, state)
     return path
-
-
-def distill_config(net):
-    from model import config_dict
-    return config_dict(net.config)
 
 
 def flags(ckpt, out, **kw):
@@ -122,8 +119,8 @@ def test_the_shares_are_the_papers():
     assert plan[-1][1] > 2.5 * plan[0][1]
 
 
-@pytest.mark.parametrize("steps,updates,word", [(63, 100, "even"), (0, 100, "even"), (-2, 9, "even"), (64, 31, "32 depths"),
-                                                (64, 0, "32 depths")])
+@pytest.mark.parametrize("steps,updates,word", [(63, 100, "even"), (0, 100, "even"), (-2, 9, "even"),
+                                                (64, 31, "32 depths"), (64, 0, "32 depths")])
 def test_a_plan_that_cant_be_made_is_refused(steps, updates, word):
     with pytest.raises(ValueError, match=word):
         distill.plan("dsdgl", steps, updates)
@@ -140,7 +137,7 @@ def test_place_walks_through_the_plan():
 
 
 def by_hand(net, z, t, t1, t2, weight, target, teacher=None):
-    """Algorithm 2 (with a teacher: the targets of Algorithm 1), written out for the cosine schedule and v-prediction."""
+    """Algorithm 2 (with a teacher: targets of Algorithm 1), written out for the cosine schedule and v-prediction."""
     a, s = math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)
     a1, s1 = math.cos(math.pi * t1 / 2), math.sin(math.pi * t1 / 2)
     a2, s2 = math.cos(math.pi * t2 / 2), math.sin(math.pi * t2 / 2)
@@ -255,7 +252,7 @@ def test_a_trajectory_walks_the_chain_and_starts_again():
 
 def test_a_depth_that_ends_cuts_its_trajectory_short():
     run, updates, plan = a_run(tiny_net(), "dsdi", steps=8, updates=8)
-    assert plan == [(8, 3), (4, 2), (2, 3)] or sum(n for _, n in plan) == 8
+    assert plan[0][1] < 4                                     # less than one walk
     updates.xhat.net = spy = Recorder(run.net)
     for step in range(8):
         updates(step)
@@ -361,7 +358,7 @@ def test_guided_prediction_is_what_is_distilled():
 def test_stagger_covers_all_noise_levels_in_every_update():
     run, updates, plan = a_run(tiny_net(), "dsdn", steps=8, updates=9, batch=8, stagger=True)
     updates.xhat.net = spy = Recorder(run.net)
-    points = updates.source
+    points, previous = updates.source, None
     for step in range(9):
         del spy.calls[:]
         was = points.z.clone()
@@ -420,8 +417,6 @@ def test_the_command_line_end_to_end(schedule, ckpt, tmp_path, monkeypatch, caps
 
 
 def small_data(tmp_path):
-    import numpy as np
-    from PIL import Image
     rng = np.random.default_rng(0)
     (tmp_path / "data").mkdir(exist_ok=True)
     for i in range(6):
