@@ -348,7 +348,10 @@ def dry_run(args):
 
 # ---- command line -----------------------------------------------------------------------------------------
 
-DEFAULTS = dict(updates=128, batch=32, lr=1e-5, warmup=12, ema=0.98, log_every=8, sample_every=0, save_every=64)
+# For small models: the rates that a search (see the README) found best for each method at these other settings.
+DEFAULTS = dict(updates=128, batch=32, warmup=12, betas=[0.9, 0.98], ema=0.98, log_every=8, sample_every=0,
+                save_every=64)
+RATES = {"dsdn": 1e-5, "dsdi": 1e-5, "dsdgl": 5e-6, "dsdgexp": 5e-6, "tsd": 1e-4, "pd": 1e-4}
 
 
 def parse_args(argv=None):
@@ -392,7 +395,7 @@ def parse_args(argv=None):
                         "before; 0: never (default: 3)")
     run_flags(g)
 
-    p.set_defaults(**DEFAULTS, out=first.out)
+    p.set_defaults(**DEFAULTS, lr=RATES[first.schedule], out=first.out)
     args, changed = settle(p, argv, first)
     fixed = {"schedule", "ckpt", "steps", "updates", "batch", "stagger", "target_ema"} & changed
     if fixed:

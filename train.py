@@ -424,8 +424,7 @@ def optimiser_flags(g):
     g.add_argument("--lr", type=float, help="learning rate after warm-up (default: %(default)s)")
     g.add_argument("--lr-end", type=float, help="where it falls to, along a cosine (default: it stays)")
     g.add_argument("--warmup", type=int, help="updates over which it rises from 0 (default: %(default)s)")
-    g.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.999],
-                   help="of Adam (default: 0.9 0.999)")
+    g.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.999], help="of Adam (default: %(default)s)")
     g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default: 1)")
     g.add_argument("--ema", type=float,
                    help="decay of the weight average that samples are drawn from (default: %(default)s)")
