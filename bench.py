@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 import distill
 from model import CONFIGS, UNet, UNetConfig, param_count, pick_device, pick_dtype
-from train import Run
 
 # What one update needs: evaluations, of which one with a backward pass, and copies of the weights beside the student's
 METHODS = {
@@ -37,18 +36,15 @@ class Method:
 
     def __init__(self, args, name):
         device = pick_device(args.device)
-        defaults = dict(distill.DEFAULTS, out=".", steps=64, updates=10_000, lr_end=1e-7, betas=(0.9, 0.98), clip=1.0,
-                        seed=0, compile=args.compile, batch=args.batch, dtype=pick_dtype(args.dtype, device),
-                        target="ddim", weight="snr", target_ema=0.0, lr=1e-6)
-        settings = argparse.Namespace(**defaults | METHODS[name][0])
+        settings = distill.parse_args(["--updates", "10000", "--lr", "1e-6"])
+        vars(settings).update(METHODS[name][0], batch=args.batch, compile=args.compile,
+                              dtype=pick_dtype(args.dtype, device))
         torch.manual_seed(0)
         shape = [3, args.size, args.size]
-        net = UNet(UNetConfig(**CONFIGS[args.model]))
-        self.run = Run(settings, net, device, dict(schedule="cosine", predicts="v", shape=shape), young=False)
         images = torch.rand(args.batch, *shape, device=device) * 2 - 1
-        points = (distill.DataPairs(iter(lambda: (images, None), None)) if settings.schedule == "pd"
-                  else distill.Trajectories(shape, args.batch, device))
-        self.updates = distill.Updates(self.run, distill.plan(settings.schedule, 64, settings.updates), points)
+        self.run, self.updates = distill.setup(
+            settings, UNet(UNetConfig(**CONFIGS[args.model])), device,
+            dict(schedule="cosine", predicts="v", shape=shape), iter(lambda: (images, None), None))
 
     def __call__(self):
         with self.run.autocast():

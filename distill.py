@@ -247,6 +247,22 @@ class Updates:
         return loss, {}
 
 
+def setup(args, net, device, about, stream=None):
+    """The Run of a network and its Updates, for `train.fit` or a loop of one's own.
+
+    args    as parse_args gives them;  about  as `Run` wants it
+    stream  yields (x, y) on the device, for the methods that read data
+    """
+    run = Run(args, net.requires_grad_(True), device, about, young=False)
+    steps, classes = plan(args.schedule, args.steps, args.updates), net.config.classes
+    if SCHEDULES[args.schedule].data:
+        source = DataPairs(stream, classes, args.guidance)
+    else:
+        source = run.parts["trajectories"] = Trajectories(
+            about["shape"], args.batch, device, classes, args.guidance, args.stagger)
+    return run, Updates(run, steps, source)
+
+
 # ---- what is looked at on the way -------------------------------------------------------------------------
 
 SHOWN = 2, 4, 8, 64        # step counts of the pictures, and of the scores except for the last
@@ -450,25 +466,19 @@ def main(argv=None):
     args.size, args.crop, args.data = source["shape"][1], was.get("crop"), args.data or was.get("data")
     about = {k: source[k] for k in ("schedule", "predicts", "shape", "classes")}
     about["history"] = source["history"] if state else history(args, source)
-    torch.manual_seed(args.seed)
-    run = Run(args, net.requires_grad_(True), device, about, young=False)
-    steps, classes = plan(args.schedule, args.steps, args.updates), net.config.classes
-    check_depths(run, steps)
-    about["before"] = source["before"] if state else show(sampler_of(run, run.ema))
-
-    hooks, images, watch = [(args.sample_every or args.updates, compare_picture)], None, None
+    check_depths(args, net, source)
+    images = stream = None
     if SCHEDULES[args.schedule].data or args.fid_every:
         images = load_data(args.data, args.size, args.crop, args.cache)
+    if SCHEDULES[args.schedule].data:
+        stream = batches(images, args, state["step"] if state else 0, device)
+    torch.manual_seed(args.seed)
+    run, updates = setup(args, net, device, about, stream)
+    about["before"] = source["before"].cpu() if state else show(sampler_of(run, run.ema))
+    watch = None if SCHEDULES[args.schedule].data else Watch(run, updates.plan, updates.source)
+    hooks = [(args.sample_every or args.updates, compare_picture)]
     if args.fid_every:
         hooks.append((args.fid_every, scorer(args, images, device, SHOWN[:-1])))
-    if SCHEDULES[args.schedule].data:
-        start = state["step"] if state else 0
-        points = DataPairs(batches(images, args, start, device), classes, args.guidance)
-    else:
-        points = run.parts["trajectories"] = Trajectories(
-            about["shape"], args.batch, device, classes, args.guidance, args.stagger)
-        watch = Watch(run, steps, points)
-    updates = Updates(run, steps, points)
     if state:
         run.load(state)
     claim_out(args, state)
@@ -479,11 +489,10 @@ def main(argv=None):
           f"scores: python fid.py --ckpt {args.ckpt} {run.ckpt}")
 
 
-def check_depths(run, steps):
+def check_depths(args, net, source):
     """Exit if the noise schedule can't take as many steps as the plan asks for."""
     try:
-        for depth, _ in steps:
-            Denoiser.of(run.net, run.about).schedule.times(depth)
+        Denoiser.of(net, source).schedule.times(args.steps)
     except ValueError as e:
         sys.exit(f"error: {e}")
 

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import distill
 from data import save_grid
 from ddim import Cosine, Denoiser, sample
-from train import Run
 
 SHAPE = [2, 1, 1]
 ABOUT = dict(schedule="cosine", predicts="v", shape=SHAPE, classes=[])
@@ -82,17 +81,13 @@ def trained(mixture, updates=3000, batch=512, seed=0):
     return net.eval()
 
 
-def distilled(net, mixture, schedule, updates=600, lr=3e-4, batch=256, steps=64, target="ddim", weight="snr",
-              target_ema=0.0, stagger=False, ema=0.98, seed=0):
+def distilled(net, mixture, schedule, lr, updates=600, batch=256, **settings):
     """A copy of `net` after one of the methods, by the code of distill.py: its averaged weights."""
-    args = types.SimpleNamespace(**locals(), lr_end=lr / 10, warmup=updates // 10, betas=(0.9, 0.98), clip=1.0,
-                                 out=".", dtype="fp32", compile=False)
-    torch.manual_seed(seed)
-    run = Run(args, copy.deepcopy(net), torch.device("cpu"), ABOUT, young=False)
+    args = distill.parse_args(["--schedule", schedule, "--lr", str(lr)])
+    vars(args).update(settings, updates=updates, batch=batch, warmup=updates // 10, dtype="fp32")
+    torch.manual_seed(0)
     stream = iter(lambda: (mixture.draw(batch), torch.zeros(batch, dtype=torch.long)), None)
-    points = (distill.DataPairs(stream) if distill.SCHEDULES[schedule].data
-              else distill.Trajectories(SHAPE, batch, run.device, stagger=stagger))
-    losses = distill.Updates(run, distill.plan(schedule, steps, updates), points)
+    run, losses = distill.setup(args, copy.deepcopy(net), torch.device("cpu"), ABOUT, stream)
     for step in range(updates):
         run.update(losses(step)[0])
     return run.ema

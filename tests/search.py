@@ -9,7 +9,6 @@ deviation of the pixels (8 steps), which tells over-sharpened samples from washe
 
 import argparse
 import sys
-import types
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from data import load_data, to_tensor
 from fid import Moments, frechet_distance
 from model import load_model, pick_device, pick_dtype
 from sample import Sampler
-from train import Run, batches
+from train import batches
 
 STEPS = 2, 4, 8
 RATES = [3e-6, 1e-5, 3e-5, 1e-4]
@@ -62,23 +61,18 @@ def statistics(features, batches):
     return moments.result()
 
 
-def distilled(ckpt, device, data, schedule, lr, updates=128, batch=32, steps=64, target="ddim", weight="snr",
-              target_ema=0.0, ema=0.98, stagger=False, seed=0):
-    """The averaged weights after one run, and what its checkpoint would say of them."""
-    args = types.SimpleNamespace(**locals(), lr_end=lr / 10, warmup=updates // 10, betas=(0.9, 0.98), clip=1.0, out=".",
-                                 dtype=pick_dtype("auto", device), compile=False, flip=True)
+def distilled(ckpt, device, data, schedule, lr, **settings):
+    """The averaged weights after one run."""
+    args = distill.parse_args(["--schedule", schedule, "--lr", str(lr)])
+    vars(args).update(settings, dtype=pick_dtype("auto", device))
     net, state = load_model(ckpt, device)
-    torch.manual_seed(seed)
-    about = {k: state[k] for k in ("schedule", "predicts", "shape", "classes")}
-    run = Run(args, net.requires_grad_(True), device, about, young=False)
-    points = (distill.DataPairs(batches(data, args, 0, device)) if distill.SCHEDULES[schedule].data
-              else distill.Trajectories(about["shape"], batch, device, stagger=stagger))
-    losses = distill.Updates(run, distill.plan(schedule, steps, updates), points)
-    for step in range(updates):
+    torch.manual_seed(args.seed)
+    run, losses = distill.setup(args, net, device, state, batches(data, args, 0, device))
+    for step in range(args.updates):
         with run.autocast():
             loss, _ = losses(step)
         run.update(loss)
-    return run.ema, state
+    return run.ema
 
 
 def main():
@@ -103,7 +97,7 @@ def main():
     print(f"| setting | {' | '.join(map(str, STEPS))} | std |")
     row("undistilled", net)
     for setting in SETTINGS:
-        row(" ".join(f"{k} {v}" for k, v in setting.items()), distilled(args.ckpt, device, data, **setting)[0])
+        row(" ".join(f"{k} {v}" for k, v in setting.items()), distilled(args.ckpt, device, data, **setting))
 
 
 if __name__ == "__main__":

@@ -38,18 +38,15 @@ def tiny_net(classes=0, seed=0):
     return net
 
 
-def a_run(net, schedule="dsdi", steps=8, updates=12, about=None, **kw):
+def a_run(net, schedule="dsdi", steps=8, updates=12, **kw):
     """A Run and its Updates without files, and the plan."""
-    args = dict(out=".", schedule=schedule, steps=steps, updates=updates, batch=4, lr=1e-3, lr_end=1e-3, warmup=0,
-                betas=(0.9, 0.98), clip=1.0, ema=0.9, target="ddim", weight="snr", target_ema=0.0, stagger=False,
-                seed=0, dtype="fp32", compile=False)
-    args = types.SimpleNamespace(**args | kw)
-    torch.manual_seed(args.seed)
-    run = train.Run(args, net, CPU, about or dict(schedule="cosine", predicts="v", shape=SHAPE), young=False)
-    plan = distill.plan(schedule, steps, updates)
-    points = distill.Trajectories(SHAPE, args.batch, CPU, net.config.classes, stagger=args.stagger)
-    points.z, points.w = points.z.double(), points.w.double()
-    return run, distill.Updates(run, plan, points), plan
+    args = distill.parse_args(["--schedule", schedule, "--steps", str(steps), "--updates", str(updates)])
+    vars(args).update(dict(batch=4, lr=1e-3, lr_end=1e-3, warmup=0, ema=0.9, dtype="fp32") | kw)
+    torch.manual_seed(0)
+    about = dict(schedule="cosine", predicts="v", shape=SHAPE)
+    run, updates = distill.setup(args, net, CPU, about)
+    updates.source.z, updates.source.w = updates.source.z.double(), updates.source.w.double()
+    return run, updates, updates.plan
 
 
 @pytest.fixture
