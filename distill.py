@@ -354,6 +354,8 @@ def dry_run(args):
             axis.plot(depths, values, marker="o", markersize=3 + 3 * (name == args.schedule), label=name)
     for axis, title in zip(axes, ("share of updates", "weighted by the learning rate"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="depth N (a step is 1/N)", title=title)
+        axis.set_xticks(halves(args.steps), halves(args.steps))
+        axis.minorticks_off()
         axis.invert_xaxis()
     axes[0].legend()
     path = Path(args.out) / "plan.png"

@@ -301,7 +301,7 @@ def test_target_ema_is_a_running_average(decay):
 
 def test_without_target_ema_no_second_set_of_weights_is_held():
     run, updates, _ = a_run(tiny_net())
-    assert not run.parts and updates.second is updates.xhat
+    assert set(run.parts) == {"trajectories"} and updates.second is updates.xhat
 
 
 def test_pd_draws_t_on_the_students_grid():
