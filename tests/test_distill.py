@@ -523,5 +523,5 @@ def test_the_shares_by_rate_are_sums_of_the_rates():
 def test_scores_on_the_way(ckpt, tmp_path):
     distill.main([*flags(ckpt, tmp_path / "out", updates=3), "--fid-every", "3", "--fid-samples", "4", "--weights",
                   "random", "--data", str(small_data(tmp_path)), "--cache", str(tmp_path / "cache")])
-    scores = [e for e in log_of(tmp_path / "out") if "rFID" in e]
+    scores = [e for e in log_of(tmp_path / "out") if "rFID (random features)" in e]
     assert [e["fake"]["steps"] for e in scores] == [2, 4, 8] and all(e["step"] == 3 for e in scores)

@@ -395,6 +395,7 @@ def test_a_model_is_scored_as_its_saved_images_would_be(tmp_path, tiny, model):
     fid.main(model)
     results = json.loads((tmp_path / "scores" / "table.json").read_text())
     two, three = results["run"]
+    assert two["fake"].pop("contrast") == two["scores"]["contrast"]
     assert two["fake"] | {"hash": 0} == dict(
         images=10, size="8x8", checkpoint=model[1], hash=0, weights="ema", dtype="fp32", steps=2, seed=0, guidance=1.0,
         classes=None, splits="10, in order")
@@ -404,6 +405,8 @@ def test_a_model_is_scored_as_its_saved_images_would_be(tmp_path, tiny, model):
     saved = fid.compare(fid.statistics_of(model[3], tiny), fid.statistics_of(tmp_path / "png", tiny))
     for name, value in saved["scores"].items():
         assert value == pytest.approx(two["scores"][name], rel=1e-5, abs=1e-9), name
+    pixels = np.stack([np.asarray(Image.open(f)) for f in sorted((tmp_path / "png").glob("*.png"))]) / 127.5 - 1
+    assert two["scores"]["contrast"] == pytest.approx(pixels.std(), abs=1e-4)
     text = (tmp_path / "scores" / "table.md").read_text()
     assert "| model | images | 2 | 3 |" in text and "| run | 10 |" in text and "Against 12 of data-8" in text
     assert "seed 0, ema weights, fp32, guidance 1" in text

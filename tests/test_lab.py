@@ -31,9 +31,9 @@ def test_the_exact_denoiser_is_the_posterior_mean(mixture):
 
 
 def test_many_steps_with_the_exact_denoiser_give_the_exact_distribution(mixture):
-    exact, again = (mixture.draw(4000, torch.Generator().manual_seed(s))[:, :, 0, 0] for s in (2, 3))
-    floor = lab.distance(exact, again)                        # what two exact sets of samples differ by
-    assert lab.distance(lab.points(mixture, 256), exact) < 1.5 * floor
+    exact, *others = (mixture.draw(4000, torch.Generator().manual_seed(s))[:, :, 0, 0] for s in range(2, 12))
+    floor = max(lab.distance(exact, other) for other in others)       # what exact sets of samples differ by
+    assert lab.distance(lab.points(mixture, 256), exact) < 1.2 * floor
 
 
 def test_the_trained_model_samples_as_the_exact_one(mixture, net):

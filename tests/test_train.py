@@ -94,7 +94,7 @@ def test_warmup_clipping_and_ema_are_what_the_formulas_say(tiny, tmp_path):
     args = train.parse_args([*tiny, "--updates", "9", "--lr", "0.5", "--warmup", "4", "--ema", "0.9"])
     args.dtype = "fp32"
     torch.manual_seed(0)
-    run = train.Run(args, train.UNet(train.make_config(args)), torch.device("cpu"))
+    run = train.Run(args, train.UNet(train.make_config(args)), torch.device("cpu"), about={})
     assert [run.lr() for run.step in range(6)] == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
     run.step = 0
     p, average = run.net.out.bias, run.ema.out.bias.clone()
