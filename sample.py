@@ -170,7 +170,7 @@ def save_images(sampler, steps, n, batch, target):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", nargs="+", default=["out/train/ckpt.pt"], metavar="FILE",
-                   help="checkpoints of train.py or distill.py, each a row of every step count in the grid; with --save "
+                   help="checkpoints of train.py or distill.py: a row for each in every step count; with --save just "
                         "one (default: out/train/ckpt.pt)")
     p.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8, 64], metavar="N",
                    help="network evaluations per image, each a row of the grid (default: 2 4 8 64); with --save one")
