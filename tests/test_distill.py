@@ -465,6 +465,11 @@ def test_a_run_that_drifts_is_ended_with_the_last_good_checkpoint(ckpt, tmp_path
     assert 0 < state["step"] < 400 and all(torch.isfinite(v).all() for v in state["weights"].values())
 
 
+def test_drift_0_lets_a_run_go_where_it_will(ckpt, tmp_path):
+    distill.main(flags(ckpt, tmp_path / "out", lr=0.3, updates=40, drift=0, warmup=0))
+    assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 40
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(ckpt, tmp_path, monkeypatch):
     real = distill.distillation_loss
     calls = []
