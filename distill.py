@@ -313,10 +313,12 @@ class Watch:
         if not len(arrived):
             return dict(depth=depth)
         now, was, f = moments(arrived.float()), self.was, self.run.args.drift
+        if not f or len(arrived) == 1:
+            return dict(depth=depth) | now
         sane = {"mean": (was["mean"] - f * was["std"], was["mean"] + f * was["std"])}
         sane |= {k: (was[k] / f, was[k] * f) for k in ("std", "diversity")}
         for name, (low, high) in sane.items():
-            if len(arrived) > 1 and f and not low <= now[name] <= high:
+            if not low <= now[name] <= high:
                 sys.exit(f"error: at update {self.run.step} the trajectories end with a {name} of {now[name]:.3g}; "
                          f"before distillation it was {was[name]:.3g}, sane is {low:.3g} to {high:.3g} (--drift). "
                          f"{what_is_kept(self.run)}. Try a lower --lr, fewer --updates, or --target-ema 0.98")

@@ -501,9 +501,8 @@ def test_the_defaults_are_table_3s():
     want = dict(updates=4000, lr=1e-6, lr_end=1e-7, betas=[0.9, 0.98], ema=0.995, clip=1.0, steps=64)
     for name in ("celebahq256", "bedroom256"):
         assert want.items() <= get("--ldm", name).items()
-    want |= dict(updates=5000, lr=1e-7, lr_end=1e-8, betas=[0.99, 0.999], ema=0.9995, guidance=[1.0, 3.0])
-    found = get("--ldm", "imagenet256", "--schedule", "dsdn")
-    assert found["lr_end"] == pytest.approx(1e-8) and {k: v for k, v in want.items() if k != "lr_end"}.items() <= found.items()
+    want |= dict(updates=5000, lr=1e-7, lr_end=1e-7 / 10, betas=[0.99, 0.999], ema=0.9995, guidance=[1.0, 3.0])
+    assert want.items() <= get("--ldm", "imagenet256", "--schedule", "dsdn").items()
     assert get("--ldm", "imagenet256", "--updates", "7")["updates"] == 7
 
 
@@ -539,7 +538,8 @@ def test_latents_are_those_of_the_images_and_of_their_mirror_images(small, image
     (x, y), (z, labels) = images.batch(3, 8, seed=1), latents.batch(3, 8, seed=1)
     assert_close(z, net.encode(x), rtol=1e-3, atol=1e-3)
     assert torch.equal(labels, y) and z.dtype == torch.float32
-    assert_close(latents.batch(0, 8, 1, flip=False)[0], net.encode(images.batch(0, 8, 1, flip=False)[0]), rtol=1e-3, atol=1e-3)
+    z, x = (source.batch(0, 8, 1, flip=False)[0] for source in (latents, images))
+    assert_close(z, net.encode(x), rtol=1e-3, atol=1e-3)
 
 
 def test_interrupted_encoding_goes_on(small, images, monkeypatch):
