@@ -753,7 +753,7 @@ def parse_args(argv=None):
     if min(args.batch, *args.steps, *(v for v in (args.size, args.decode_batch) if v is not None)) < 1:
         p.error("--steps, --size and both batches must be at least 1")
     if args.n < 2 or args.seed < 0:
-        p.error("-n must be at least 2, --seed at least 0")
+        p.error("out of range: -n at least 2, --seed at least 0")
     return args
 
 

@@ -2,6 +2,7 @@
 
     python sample.py                                            # the last model at 2, 4, 8 and 64 steps, same noise
     python sample.py --steps 1 2 4 8 -n 16 --out few.png        # 16 columns, another file
+    python sample.py --ckpt out/train/ckpt.pt out/dsdi/ckpt.pt  # models under each other, before and after (Figure 2)
     python sample.py --steps 8 -n 50000 --save out/png          # PNG files 00000.png, 00001.png …
     python sample.py --steps 8 -n 50000 --save out/8.npz        # or one file: arr_0 (N, H, W, 3) uint8
     python sample.py --ldm celebahq256 --ckpt model.ckpt        # one of LDM's models: see ldm.py
@@ -70,11 +71,16 @@ class Sampler:
             return sample(self.xhat, z, steps, y if y is None else y.to(self.device), self.w, bar)
 
 
-def draw_grid(sampler, steps, n, path):
-    """One PNG: a row for every step count, the same n noises in every row."""
-    with tqdm(total=sum(steps), desc="sampling", unit="step", dynamic_ncols=True) as bar:
-        rows = [sampler(range(n), s, bar) for s in steps]
-    save_grid(torch.cat(rows), path, columns=n, labels=[f"{s} step{'s' * (s > 1)}" for s in steps])
+def draw_grid(samplers, steps, n, path):
+    """One PNG: a row for every step count and, in it, every model; the same n noises in every row.
+
+    samplers  {name: Sampler} of models that draw images of one shape
+    """
+    several = len(samplers) > 1
+    with tqdm(total=sum(steps) * len(samplers), desc="sampling", unit="step", dynamic_ncols=True) as bar:
+        rows = [sampler(range(n), s, bar).cpu() for s in steps for sampler in samplers.values()]
+    labels = [f"{s} {name}" if several else f"{s} step{'s' * (s > 1)}" for s in steps for name in samplers]
+    save_grid(torch.cat(rows), path, columns=n, labels=labels)
 
 
 # ---- many images ----------------------------------------------------------------------------------------
@@ -182,16 +188,16 @@ def save_images(sampler, steps, n, batch, target):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", default="out/train/ckpt.pt", metavar="FILE",
-                   help="checkpoint of train.py or distill.py, or with --ldm a file or folder of LDM's "
-                        "(default: %(default)s)")
+    p.add_argument("--ckpt", nargs="+", default=["out/train/ckpt.pt"], metavar="FILE",
+                   help="checkpoints of train.py or distill.py, or with --ldm files of LDM's: a row for each in every "
+                        "step count; with --save just one (default: out/train/ckpt.pt)")
     ldm_flag(p)
     p.add_argument("--size", type=int, help="with --ldm: side of the images in pixels (default: 256)")
     p.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8, 64], metavar="N",
                    help="network evaluations per image, each a row of the grid (default: 2 4 8 64); with --save one")
     p.add_argument("-n", type=int, metavar="N", help="images: columns of the grid (default: 10), or how many to --save")
     p.add_argument("--out", metavar="PATH",
-                   help="the grid: a .png, or a folder for grid.png (default: the checkpoint's folder)")
+                   help="the grid: a .png, or a folder for grid.png (default: the last checkpoint's folder)")
     p.add_argument("--save", metavar="PATH",
                    help="instead of a grid, write -n images: PNG files into a folder, or one .npz")
     p.add_argument("--export", metavar="DIR", help="instead of a grid, write one of LDM's models in diffusers' layout")
@@ -209,12 +215,12 @@ def parse_args(argv=None):
     p.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
                    help="precision of the network's insides (default: bf16 where the hardware has it)")
     args = p.parse_args(argv)
-    if args.save and (args.n is None or len(args.steps) != 1):
-        p.error("--save needs -n and exactly one step count: --steps 8 -n 50000 --save DIR")
+    if args.save and (args.n is None or len(args.steps) != 1 or len(args.ckpt) != 1):
+        p.error("--save needs -n, exactly one step count and one --ckpt: --steps 8 -n 50000 --save DIR")
     if args.save and args.out:
         p.error("--out is for the grid, --save for many images: give one of them")
-    if args.export and (args.save or args.out):
-        p.error("--export writes the model itself, --out and --save its samples: give one of them")
+    if args.export and (args.save or args.out or len(args.ckpt) != 1):
+        p.error("--export writes one model itself, --out and --save are for samples: give one of them, and one --ckpt")
     if args.out and Path(args.out).suffix not in ("", ".png"):
         p.error(f"--out {args.out}: the grid is a .png")
     args.n = 10 if args.n is None else args.n
@@ -239,37 +245,50 @@ def pick_classes(wanted, guidance, state):
     return [numbers[c] for c in wanted] if wanted else list(range(count))
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    device = pick_device(args.device)
-    net, state = load_model(args.ckpt, device, not args.raw, args.ldm, args.size)
-    if args.export:
-        export(net, state, args.export)
-        print(f"wrote {args.export}{told(state)}")
-        return
+def load_sampler(path, args, device, dtype):
+    """(Sampler, state) of one checkpoint, with the classes, guidance and seed of the flags. Exits if it can't be."""
+    net, state = load_model(path, device, not args.raw, args.ldm, args.size)
     classes = pick_classes(args.classes, args.guidance, state)
-    dtype = pick_dtype(args.dtype, device)
     sampler = Sampler(net, state, device, dtype, classes, args.guidance, args.seed, args.decode_batch)
     try:
         sampler.xhat.schedule.times(max(args.steps))
     except ValueError as e:
-        sys.exit(f"error: {e}")
-    path = Path(args.save or args.out or Path(args.ckpt).parent)
+        sys.exit(f"error: {path}: {e}")
+    return sampler, state
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    if args.export:
+        net, state = load_model(args.ckpt[0], "cpu", not args.raw, args.ldm, args.size)
+        export(net, state, args.export)
+        print(f"wrote {args.export}{told(state)}")
+        return
+    samplers = {}
+    for ckpt in args.ckpt:
+        name = Path(ckpt).parent.name or Path(ckpt).stem
+        sampler, state = load_sampler(ckpt, args, device, dtype)
+        samplers[name if name not in samplers else str(ckpt)] = sampler
+    if len({tuple(s.image_shape) for s in samplers.values()}) > 1:
+        sys.exit("error: these models draw images of different sizes: they need a grid each")
+    path = Path(args.save or args.out or Path(args.ckpt[-1]).parent)
     if not args.save and path.suffix != ".png":
         path = path / "grid.png"
     try:
         if args.save:
-            settings = dict(ckpt=model_hash(args.ckpt), steps=args.steps[0], seed=args.seed, classes=classes,
+            settings = dict(ckpt=model_hash(args.ckpt[0]), steps=args.steps[0], seed=args.seed, classes=sampler.classes,
                             guidance=args.guidance, weights="raw" if args.raw else "ema", dtype=dtype)
             settings |= {"size": image_size(state)} if "ldm" in state else {}      # the others have only one
             kind = Npz if path.suffix == ".npz" else Folder
             target = kind(path, args.n, sampler.image_shape, settings, args.overwrite)
             save_images(sampler, args.steps[0], args.n, args.batch, target)
         else:
-            draw_grid(sampler, args.steps, args.n, path)
+            draw_grid(samplers, args.steps, args.n, path)
     except OSError as e:
         sys.exit(f"error: can't write {path} ({e.strerror or e})")
-    print(f"wrote {path}{told(state)}")
+    print(f"wrote {path}{told(state) if len(samplers) == 1 else ''}")
 
 
 def told(state):

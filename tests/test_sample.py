@@ -62,6 +62,25 @@ def test_the_grid_has_a_row_per_step_count_and_the_same_noise_in_a_column(ckpt, 
             assert np.abs(shown.astype(int) - x[column]).max() <= 1
 
 
+def test_models_stand_under_each_other_in_every_step_count(ckpt, tmp_path):
+    (tmp_path / "same").mkdir()
+    make_checkpoint(tmp_path / "same" / "ckpt.pt")
+    flags = ["--steps", "1", "4", "-n", "3", "--out", str(tmp_path / "g.png")]
+    script.main([*ckpt, *flags, "--ckpt", ckpt[1], str(tmp_path / "same" / "ckpt.pt")])
+    grid = np.asarray(Image.open(tmp_path / "g.png"))
+    grid = grid[:, grid.shape[1] - 26 * 8:][::8, ::8]
+    rows = [grid[9 * i:9 * i + 8].astype(int) for i in range(4)]
+    assert len(grid) == 35 and (rows[0] == rows[1]).all() and (rows[2] == rows[3]).all()
+    assert np.abs(rows[1] - rows[2]).max() > 1
+
+
+def test_models_of_different_sizes_need_a_grid_each(ckpt, tmp_path):
+    state = torch.load(ckpt[1]) | {"shape": [3, 16, 16]}
+    save_checkpoint(tmp_path / "big.pt", state)
+    with pytest.raises(SystemExit, match="different sizes"):
+        script.main([*ckpt, "--steps", "1", "--ckpt", ckpt[1], str(tmp_path / "big.pt")])
+
+
 def test_the_grid_lies_beside_the_checkpoint_by_default(ckpt, tmp_path):
     script.main([*ckpt, "--steps", "1"])
     assert (tmp_path / "grid.png").exists()
@@ -168,8 +187,9 @@ def test_guidance_is_the_formula_with_the_null_class(tmp_path):
 
 
 @pytest.mark.parametrize("flags,message", [
-    (["--save", "x"], "--save needs -n and exactly one step count"),
-    (["--save", "x", "-n", "5", "--steps", "2", "4"], "--save needs -n and exactly one step count"),
+    (["--save", "x"], "--save needs -n, exactly one step count and one --ckpt"),
+    (["--save", "x", "-n", "5", "--steps", "2", "4"], "--save needs -n, exactly one step count and one --ckpt"),
+    (["--save", "x", "-n", "5", "--steps", "2", "--ckpt", "a.pt", "b.pt"], "and one --ckpt"),
     (["--steps", "0"], "must be at least 1"),
     (["--out", "grid.jpg"], "the grid is a .png"),
     (["--class", "cat"], "trained without --classes"),
