@@ -512,8 +512,9 @@ def main(argv=None):
     print(f"{args.schedule}: {param_count(net) / 1e6:.2f} M parameters, {args.updates:,} updates of {args.batch} on "
           f"{device} in {args.dtype}, from {args.steps} steps, lr {args.lr:g} to {args.lr_end:g}")
     fit(run, updates, hooks, watch)
+    scores = f"--ldm {args.ldm} --data IMAGES " if args.ldm else ""
     print(f"done: {run.ckpt} and {run.out}/samples-{run.step:06d}.png; "
-          f"scores: python fid.py --ckpt {args.ckpt} {run.ckpt}")
+          f"scores: python fid.py {scores}--ckpt {args.ckpt} {run.ckpt}")
 
 
 def check_source(args, net, source):

@@ -336,7 +336,7 @@ def fill(both, names, tensors, what):
     Ones at the end of a shape don't count: LDM's 1x1 convolutions are our linear layers. Raises CheckpointError.
     """
     weights = both.state_dict()
-    missing = [name for theirs in names.values() for name in theirs if name not in tensors]
+    missing = [name for theirs in names.values() for name in theirs if not torch.is_tensor(tensors.get(name))]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(f"error: {what}: {missing[0]} is missing{more}")
@@ -393,8 +393,6 @@ def read_file(path):
         unknown = get_unsafe_globals_in_checkpoint(path)
         with safe_globals([(Inert(name), name) for name in unknown]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"error: no checkpoint at {path}") from None
     except pickle.UnpicklingError as e:
         reason = str(e.__context__ or e).splitlines()[0][:120]
         raise CheckpointError(f"error: {path} is refused: it is more than tensors and plain values ({reason}); "
@@ -411,7 +409,8 @@ def fill_from_file(both, tensors, ema, what):
     known = {name for names in (raw, averaged) for theirs in names.values() for name in theirs}
     refuse_surplus([name for name in tensors if not IGNORED.fullmatch(name)], known, what)
     table = tensors.get("alphas_cumprod")
-    if table is not None and not torch.allclose(table.double(), LDMDiscrete().alpha2, rtol=0, atol=1e-6):
+    own = LDMDiscrete().alpha2
+    if table is not None and (table.shape != own.shape or not torch.allclose(table.double(), own, rtol=0, atol=1e-6)):
         raise CheckpointError(f"error: {what}: its alphas_cumprod is another noise schedule than LDM's")
     has_average = any(name.startswith("model_ema.") for name in tensors)
     return fill(both, averaged if ema and has_average else raw, tensors, what)
@@ -424,13 +423,13 @@ OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj
 
 
 def safetensors():
-    """The module safetensors.torch, or a CheckpointError that says how to get it."""
+    """The package safetensors, or a CheckpointError that says how to get it."""
     try:
         import safetensors.torch
     except ImportError:
         raise CheckpointError("error: files in diffusers' layout need the package safetensors: "
                               "pip install safetensors") from None
-    return safetensors.torch
+    return safetensors
 
 
 def weights_files(folder):
@@ -451,7 +450,7 @@ def read_folder(folder):
     tensors = {}
     for part, path in weights_files(folder).items():
         try:
-            values = safetensors().load_file(path) if path.suffix == ".safetensors" else read_file(path)
+            values = safetensors().torch.load_file(path) if path.suffix == ".safetensors" else read_file(path)
         except CheckpointError:
             raise
         except Exception as e:  # safetensors has an error type of its own, in a module that may be absent
@@ -529,7 +528,7 @@ def export(net, state, folder):
     """
     if "ldm" not in state:
         raise CheckpointError("error: only LDM's models can be exported: diffusers has no match for our noise schedule")
-    folder, torch_io = Path(folder), safetensors()
+    folder, package = Path(folder), safetensors()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"error: {folder} exists; choose another --export")
     both = nn.ModuleDict(dict(unet=net, autoencoder=autoencoder_of(state)))
@@ -549,7 +548,7 @@ def export(net, state, folder):
             (tmp / part / name).write_text(json.dumps(config, indent=2))
         for part, tensors in parts.items():
             (tmp / part).mkdir(exist_ok=True)
-            torch_io.save_file(tensors, tmp / part / f"{WEIGHTS_FILE}.safetensors", {"format": "pt"})
+            package.torch.save_file(tensors, tmp / part / f"{WEIGHTS_FILE}.safetensors", {"format": "pt"})
         if "class_embedder" in parts:                         # diffusers has no pipeline for these
             (tmp / "README.md").write_text(HOW_TO_USE)
         else:
@@ -558,8 +557,8 @@ def export(net, state, folder):
         if folder.exists():
             folder.rmdir()
         os.replace(tmp, folder)
-    except OSError as e:
-        raise CheckpointError(f"error: can't write {folder} ({e.strerror or e})") from None
+    except (OSError, package.SafetensorError) as e:
+        raise CheckpointError(f"error: can't write {folder} ({getattr(e, 'strerror', None) or e})") from None
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
@@ -577,12 +576,14 @@ def load_model(path, device="cpu", ema=True, name=None, size=None):
 
     The state of an LDM has its name as `ldm`, and the `autoencoder`'s tensors. Raises CheckpointError.
     """
+    if name and not Path(path).exists():
+        raise CheckpointError(f"error: no file or folder of LDM's at {path}")
     if not _is_foreign(Path(path)):
         net, state = load_own(path, device, ema)
-        is_named = state.get("ldm")
-        if name not in (None, is_named):
-            is_named = f"LDM's {is_named}" if is_named else "a model of train.py"
-            raise CheckpointError(f"error: {path} is {is_named}, not LDM's {name}")
+        known = state.get("ldm")
+        if name not in (None, known) or known not in (None, *MODELS):
+            is_a = f"LDM's {known}" if known else "a model of train.py"
+            raise CheckpointError(f"error: {path} is {is_a}, not {name or 'one of ' + ', '.join(MODELS)}")
         if size not in (None, image_size(state)):
             raise CheckpointError(f"error: {path} draws images of {image_size(state)} pixels, not {size}")
         return net, state
@@ -596,7 +597,7 @@ def _is_foreign(path):
     if not path.is_file():
         return path.is_dir()
     state = read_file(path)
-    return isinstance(state, dict) and "state_dict" in state
+    return isinstance(state, dict) and isinstance(state.get("state_dict"), dict)
 
 
 def _load_foreign(path, device, ema, name, size):

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+import bench
 import data
 import distill
 import fid
@@ -259,7 +260,7 @@ def test_what_is_no_model_file_is_a_one_line_error(files, tmp_path):
     (tmp_path / "text.ckpt").write_text("hello")
     (tmp_path / "folder").mkdir()
     for path, message in (("cut.ckpt", "no readable"), ("text.ckpt", "no readable"),
-                          ("folder", "no folder in diffusers"), ("missing.ckpt", "no checkpoint at")):
+                          ("folder", "no folder in diffusers"), ("missing.ckpt", "no file or folder")):
         with pytest.raises(CheckpointError, match=f"^error: .*{message}") as e:
             ldm.load_model(tmp_path / path, name="uncond")
         assert "\n" not in str(e.value)
@@ -309,7 +310,7 @@ def test_old_names_and_bin_files_load_too(loaded, tmp_path):
     folder = exported(loaded, "uncond", tmp_path / "x")
     for part in ("unet", "vqvae"):
         file, tensors = next((folder / part).glob("*.safetensors")), {}
-        for key, value in ldm.safetensors().load_file(file).items():
+        for key, value in ldm.safetensors().torch.load_file(file).items():
             for old, new in ldm.OLD_NAMES.items():
                 key = key.replace(new, old)
             tensors[key] = value
@@ -338,8 +339,8 @@ def test_diffusers_loads_an_export_and_gives_the_same(loaded, name, tmp_path):
     steps = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
     context = ()
     if name == "class":
-        rows = ldm.safetensors().load_file(next((folder / "class_embedder").glob("*.safetensors")))["embedding.weight"]
-        context = (rows[g["class_labels"]][:, None],)
+        rows = ldm.safetensors().torch.load_file(folder / "class_embedder" / "diffusion_pytorch_model.safetensors")
+        context = (rows["embedding.weight"][g["class_labels"]][:, None],)
     with torch.no_grad():
         assert_close(unet(g["x"], g["t"], *context).sample, g["eps"], rtol=0, atol=1e-4)
         assert_close(vqvae.decode(g["z"]).sample, g["decoded"], rtol=0, atol=1e-4)
@@ -349,9 +350,13 @@ def test_diffusers_loads_an_export_and_gives_the_same(loaded, name, tmp_path):
         for t in steps.timesteps:
             z = steps.step(unet(z, t, *context).sample, t, z).prev_sample
         assert_close(z, g["ddim4_z0"], rtol=0, atol=2e-3)
-    if name == "uncond":
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
-        assert type(pipeline).__name__ == "LDMPipeline"
+    if name == "uncond":                                      # the pipeline draws its noise from the generator
+        pipeline, rng = diffusers.DiffusionPipeline.from_pretrained(folder), torch.Generator()
+        images = pipeline(2, rng.manual_seed(0), num_inference_steps=4, output_type="np").images
+        z = torch.randn(2, 3, 16, 16, generator=rng.manual_seed(0))
+        net, state = loaded[name]
+        ours = ldm.autoencoder_of(state).decode(sample(Denoiser.of(net, state), z, 4)) / 2 + 0.5
+        assert np.abs(ours.clamp(0, 1).permute(0, 2, 3, 1).numpy() - images).mean() < 1e-3
 
 
 # ---- in training --------------------------------------------------------------------------------------------------
@@ -516,12 +521,18 @@ def test_what_cant_work_with_an_ldm_is_refused(small):
     ckpt = distil(small, "small", "--updates", "3")
     with pytest.raises(SystemExit, match="is LDM's small: give --ldm small"):
         distill.main(["--ckpt", str(ckpt), "--out", str(small / "x"), *CPU])
-    with pytest.raises(SystemExit, match="is LDM's small, not LDM's small-class"):
+    with pytest.raises(SystemExit, match="is LDM's small, not small-class"):
         script.main(["--ckpt", str(ckpt), "--ldm", "small-class"])
     with pytest.raises(SystemExit, match="draws images of 16 pixels, not 32"):
         script.main(["--ckpt", str(ckpt), "--size", "32"])
     with pytest.raises(SystemExit, match="have to be given, as --data"):
         fid.main(["--ckpt", str(ckpt), "--weights", "random", *CPU])
+
+
+def test_what_an_update_costs_is_measured(small):
+    args = bench.parse_args(["--model", "small-class", "--size", "8", "--batch", "2", "--repeats", "1",
+                             "--checkpointing", "--methods", "dsdi", "pd", *CPU])
+    assert bench.seconds(args).keys() == {"dsdi", "pd"} and bench.peak(args, "dsdi") > 1e6
 
 
 # ---- data as latents ------------------------------------------------------------------------------------------------
