@@ -2,6 +2,7 @@
 
     python bench.py                                       # small32 at 32x32, batch 32
     python bench.py --model unet64 --size 64 --batch 8    # the 37 M network of the 64x64 presets
+    python bench.py --model imagenet256 --batch 8 --methods dsdi    # LDM's, guided, on latents
 
 Time: the methods take turns in one process, update by update, and the median counts; the network has random
 weights, which cost the same as trained ones. Memory: the peak of a process of its own for each method (on a GPU,
@@ -19,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import distill
+from ldm import MODELS
 from model import CONFIGS, UNet, UNetConfig, param_count, pick_device, pick_dtype
 
 # What one update needs: evaluations, of which one with a backward pass, and copies of the weights beside the student's
@@ -31,6 +33,10 @@ METHODS = {
 }
 
 
+def config_of(name):
+    return UNetConfig(**CONFIGS[name]) if name in CONFIGS else MODELS[name].unet
+
+
 class Method:
     """One of METHODS, ready to be called once for each update."""
 
@@ -38,13 +44,15 @@ class Method:
         device = pick_device(args.device)
         settings = distill.parse_args(["--updates", "10000", "--lr", "1e-6"])
         vars(settings).update(METHODS[name][0], batch=args.batch, compile=args.compile,
+                              checkpointing=args.checkpointing, ema_device=args.ema_device,
                               dtype=pick_dtype(args.dtype, device))
         torch.manual_seed(0)
-        shape = [3, args.size, args.size]
-        images = torch.rand(args.batch, *shape, device=device) * 2 - 1
+        about = dict(schedule="cosine", predicts="v") if args.model in CONFIGS else dict(schedule="ldm", predicts="eps")
+        about["shape"] = [3, args.size, args.size]
+        images = torch.rand(args.batch, *about["shape"], device=device) * 2 - 1
+        labels = torch.zeros(args.batch, dtype=torch.long, device=device)
         self.run, self.updates = distill.setup(
-            settings, UNet(UNetConfig(**CONFIGS[args.model])), device,
-            dict(schedule="cosine", predicts="v", shape=shape), iter(lambda: (images, None), None))
+            settings, UNet(config_of(args.model)), device, about, iter(lambda: (images, labels), None))
 
     def __call__(self):
         with self.run.autocast():
@@ -56,7 +64,7 @@ class Method:
 
 def seconds(args):
     """Median seconds per update of each method, the methods taking turns."""
-    methods, times = {name: Method(args, name) for name in METHODS}, {name: [] for name in METHODS}
+    methods, times = {name: Method(args, name) for name in args.methods}, {name: [] for name in args.methods}
     for repeat in tqdm(range(args.repeats + 2), desc="timing", unit="round", dynamic_ncols=True):
         for name, update in methods.items():
             start = time.perf_counter()
@@ -79,7 +87,7 @@ def peak(args, name):
 def peaks(args):
     """`peak` of each method, each in a process of its own."""
     found = {}
-    for name in tqdm(METHODS, desc="memory", unit="method", dynamic_ncols=True):
+    for name in tqdm(args.methods, desc="memory", unit="method", dynamic_ncols=True):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found[name] = pool.apply(peak, (args, name))
     return found
@@ -87,18 +95,23 @@ def peaks(args):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", choices=CONFIGS, default="small32", help="size of the UNet (default: small32)")
-    p.add_argument("--size", type=int, default=32, help="side of the images in pixels (default: 32)")
+    p.add_argument("--model", choices=[*CONFIGS, *MODELS], default="small32", help="the UNet (default: small32)")
+    p.add_argument("--size", type=int, help="side of the images in pixels; for LDM's: of the latents (default: 32; 64)")
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="METHOD",
+                   help=f"of {', '.join(METHODS)} (default: all of them, which are in memory together when timed)")
     p.add_argument("--batch", type=int, default=32, help="images per update (default: 32)")
     p.add_argument("--repeats", type=int, default=20, help="updates of each method that count (default: 20)")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     p.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
                    help="precision of the network's insides (default: bf16 where the hardware has it)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
+    p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="as in distill.py")
+    p.add_argument("--ema-device", choices=["same", "cpu"], default="same", help="as in distill.py")
     args = p.parse_args(argv)
+    args.size = args.size if args.size is not None else 32 if args.model in CONFIGS else 64
     if min(args.size, args.batch, args.repeats) < 1:
         p.error("--size, --batch and --repeats must be at least 1")
-    sides = 2 ** (len(CONFIGS[args.model]["mult"]) - 1)
+    sides = 2 ** (len(config_of(args.model).mult) - 1)
     if args.size % sides:
         p.error(f"--size {args.size} must be divisible by {sides}, as {args.model} halves the image")
     return args
@@ -107,15 +120,19 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     memory, times = peaks(args), seconds(args)
-    weights = param_count(UNet(UNetConfig(**CONFIGS[args.model]))) * 4 / 2 ** 20
+    with torch.device("meta"):
+        weights = param_count(UNet(config_of(args.model))) * 4 / 2 ** 20
     print(f"\n{args.model} ({weights:.1f} MiB of weights), {args.size}x{args.size}, batch {args.batch}, "
           f"medians of {args.repeats}\n")
     print("| method | evaluations | further weights | s/update | of TSD | peak MiB | TSD − this |")
     print("|---|---|---|---|---|---|---|")
-    for name, (_, evaluations, further) in METHODS.items():
-        saved = (memory["tsd"] - memory[name]) / 2 ** 20
-        print(f"| {name} | {evaluations} | {further} | {times[name]:.4g} | {times[name] / times['tsd']:.2f} "
-              f"| {memory[name] / 2 ** 20:,.0f} | {saved:,.1f} |")
+    for name in args.methods:
+        _, evaluations, further = METHODS[name]
+        ratio, saved = "–", "–"
+        if "tsd" in times:
+            ratio, saved = f"{times[name] / times['tsd']:.2f}", f"{(memory['tsd'] - memory[name]) / 2 ** 20:,.1f}"
+        print(f"| {name} | {evaluations} | {further} | {times[name]:.4g} | {ratio} "
+              f"| {memory[name] / 2 ** 20:,.0f} | {saved} |")
 
 
 if __name__ == "__main__":

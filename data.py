@@ -9,6 +9,7 @@ packed once into one file of raw uint8 pixels, which is then mapped into memory:
 bedrooms need 37 GB of disk at 64x64, and hardly any memory. Packing goes on where it was interrupted.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -359,17 +360,12 @@ def _pack(source, folder, size, crop):
     line. A lock keeps two runs from packing at once: the second waits, and finds the work done.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder):
         if (folder / "meta.json").exists():
             return
         journal = _read_journal(folder / "journal.jsonl", folder / "images.u8", 3 * size * size)
         done = sum(j["seen"] for j in journal)
-        need, free = (source.count - done) * 3 * size * size, shutil.disk_usage(folder).free
-        if need > free:
-            raise DataError(f"error: packing {source.name} needs {need / 1e9:.1f} GB in {folder}, but only "
-                            f"{free / 1e9:.1f} GB are free; --cache names another folder")
+        check_space(folder, (source.count - done) * 3 * size * size, f"packing {source.name}")
         with (open(folder / "images.u8", "ab") as pixels, open(folder / "journal.jsonl", "a") as notes,
               tqdm(total=source.count, initial=done, desc=f"packing {source.name} at {size}x{size}", unit="img",
                    dynamic_ncols=True) as bar):
@@ -381,6 +377,23 @@ def _pack(source, folder, size, crop):
                 journal.append(entry)
                 bar.update(entry["seen"])
         _finish(source, folder, journal, size, crop)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold the lock of a folder in the cache: what two runs would write at once, one writes and the other waits for."""
+    with open(folder / "lock", "w") as lock:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def check_space(folder, need, what):
+    """Raise DataError if a folder has less than `need` bytes left."""
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise DataError(f"error: {what} needs {need / 1e9:.1f} GB in {folder}, but only {free / 1e9:.1f} GB are free; "
+                        f"--cache names another folder")
 
 
 def _read_journal(path, pixels, image_bytes):
@@ -472,11 +485,14 @@ class Images:
         """
         n = len(self)
         index = np.array([self._epoch(k // n, seed)[k % n] for k in range(step * size, (step + 1) * size)])
+        mirrored = np.random.default_rng([seed, 1, step]).random(size) < 0.5 * flip
+        return self.read(index, mirrored), torch.from_numpy(self.labels[index]).long()
+
+    def read(self, index, mirrored):
+        """Images number `index` (B,) as (B, 3, H, W) in [-1, 1]; those in the mask `mirrored` (B,) as in a mirror."""
         pixels = self.pixels[index]
-        if flip:
-            mirrored = np.random.default_rng([seed, 1, step]).random(size) < 0.5
-            pixels[mirrored] = pixels[mirrored, :, ::-1]
-        return to_tensor(pixels), torch.from_numpy(self.labels[index]).long()
+        pixels[mirrored] = pixels[mirrored, :, ::-1]
+        return to_tensor(pixels)
 
     def _epoch(self, epoch, seed):
         if self._order[0] != (epoch, seed):

@@ -3,6 +3,7 @@
     python distill.py --schedule dsdi                          # the last trained model; no data, no teacher
     python distill.py --schedule tsd --ckpt out/train/ckpt.pt  # a frozen teacher makes the targets, for comparison
     python distill.py --schedule pd --data celeba.zip          # progressive distillation: the one that reads data
+    python distill.py --ldm celebahq256 --ckpt model.ckpt --schedule dsdn      # LDM's models: see ldm.py
     python distill.py --schedule dsdgl --dry-run               # the plan as a table, and Figure 4; distils nothing
     python distill.py --resume --out out/dsdi                  # go on where a run stopped, in mid-trajectory
 
@@ -22,7 +23,8 @@ from tqdm import tqdm
 
 from data import load_data, save_grid
 from ddim import WEIGHTS, Denoiser, ddim_step, ddim_target
-from model import file_hash, load_model, memory_format, param_count, pick_device, pick_dtype
+from ldm import MODELS, Latents, image_size, ldm_flag, load_model, model_hash
+from model import memory_format, param_count, pick_device, pick_dtype
 from sample import Sampler
 from train import (
     Run,
@@ -225,14 +227,14 @@ class Updates:
         self.first = None
         if SCHEDULES[a.schedule].teacher:
             self.first = self.second = self._copy("teacher")
-        elif a.target_ema and a.target_ema == a.ema:
+        elif a.target_ema and a.target_ema == a.ema and a.ema_device == "same":
             self.second = Denoiser.of(run.ema, run.about)     # the average for sampling is the very same: no copy
         elif a.target_ema:
             self.second = self._copy("target")
 
     def _copy(self, name):
         """A second set of weights, part of the run's state."""
-        self.run.parts[name] = copy.deepcopy(self.run.ema)
+        self.run.parts[name] = copy.deepcopy(self.run.ema).to(self.run.device)
         return Denoiser.of(self.run.parts[name], self.run.about)
 
     def __call__(self, step):
@@ -269,26 +271,28 @@ SHOWN = 2, 4, 8, 64        # step counts of the pictures, and of the scores exce
 
 
 def show(sampler, n=10):
-    """n samples at each of SHOWN, from the same noise: (rows, n, C, H, W) float32 on the CPU."""
+    """n samples at each of SHOWN, from the same noise, not decoded: (rows, n, C, H, W) float32 on the CPU."""
     with tqdm(total=sum(SHOWN), desc="sampling", unit="step", leave=False, dynamic_ncols=True) as bar:
-        return torch.stack([sampler(range(n), s, bar).float().cpu().contiguous() for s in SHOWN])
+        return torch.stack([sampler.draw(range(n), s, bar).float().cpu().contiguous() for s in SHOWN])
 
 
 def sampler_of(run, net):
-    y = list(range(net.config.classes)) or None
+    classes = net.config.classes
+    y = list(range(0, classes, max(1, classes // 10))) or None                # of a thousand, ten that differ
     return Sampler(net, run.about, run.device, run.args.dtype, y, seed=run.args.seed)
 
 
 def compare_picture(run):
     """Before and after under each other for each step count, each column from one noise; the EMA is what is shown."""
-    before, after = run.about["before"], show(sampler_of(run, run.ema))
+    sampler = sampler_of(run, run.average())
+    before, after = run.about["before"], show(sampler)
     labels = [f"{s} {when}" for s in SHOWN for when in ("before", "after")]
     rows = torch.stack([before, after], 1).flatten(0, 2)      # 2 before, 2 after, 4 before …
-    save_grid(rows, run.out / f"samples-{run.step:06d}.png", before.shape[1], labels)
+    save_grid(sampler.decode(rows), run.out / f"samples-{run.step:06d}.png", before.shape[1], labels)
 
 
 def moments(x):
-    """Mean, standard deviation and diversity of images (B, C, H, W): how much a pixel differs from image to image."""
+    """Mean, standard deviation and diversity of (B, C, H, W), drawn: how much a pixel differs from image to image."""
     return dict(mean=x.mean().item(), std=x.std().item(), diversity=x.std(0).mean().item() if len(x) > 1 else math.nan)
 
 
@@ -308,11 +312,13 @@ class Watch:
         arrived = self.trajectories.ends[self.trajectories.arrived.to(self.run.device)]
         if not len(arrived):
             return dict(depth=depth)
-        now, was, f = moments(arrived.float()), self.was, self.run.args.drift or math.inf
+        now, was, f = moments(arrived.float()), self.was, self.run.args.drift
+        if not f or len(arrived) == 1:
+            return dict(depth=depth) | now
         sane = {"mean": (was["mean"] - f * was["std"], was["mean"] + f * was["std"])}
         sane |= {k: (was[k] / f, was[k] * f) for k in ("std", "diversity")}
         for name, (low, high) in sane.items():
-            if len(arrived) > 1 and not low <= now[name] <= high:
+            if not low <= now[name] <= high:
                 sys.exit(f"error: at update {self.run.step} the trajectories end with a {name} of {now[name]:.3g}; "
                          f"before distillation it was {was[name]:.3g}, sane is {low:.3g} to {high:.3g} (--drift). "
                          f"{what_is_kept(self.run)}. Try a lower --lr, fewer --updates, or --target-ema 0.98")
@@ -371,11 +377,24 @@ DEFAULTS = dict(updates=128, batch=32, warmup=12, betas=[0.9, 0.98], ema=0.98, l
                 save_every=64)
 RATES = {"dsdn": 1e-5, "dsdi": 1e-5, "dsdgl": 5e-6, "dsdgexp": 5e-6, "tsd": 1e-4, "pd": 1e-4}
 
+# For LDM's models: Table 3. It has no batch, and no length of the warm-up: those are ours.
+TABLE3 = dict(updates=4000, batch=8, lr=1e-6, warmup=100, betas=[0.9, 0.98], ema=0.995, log_every=20, sample_every=1000,
+              save_every=500)
+TABLE3_CLASSES = TABLE3 | dict(updates=5000, lr=1e-7, betas=[0.99, 0.999], ema=0.9995)
+
+
+def defaults(schedule, ldm):
+    """What the flags of the optimiser and the run are unless given."""
+    if ldm:
+        return TABLE3_CLASSES if MODELS[ldm].unet.classes else TABLE3
+    return DEFAULTS | dict(lr=RATES[schedule])
+
 
 def parse_args(argv=None):
     """Flags beat the settings of a resumed run, which beat the defaults."""
     pre = argparse.ArgumentParser(add_help=False)
     pre.add_argument("--schedule", choices=SCHEDULES, default="dsdi", help="the method (default: %(default)s)")
+    ldm_flag(pre)
     pre.add_argument("--resume", action="store_true", help="continue the run in --out, with its own settings")
     pre.add_argument("--out", metavar="DIR", help="folder of the run (default: out/<schedule>)")
     first = pre.parse_known_args(argv)[0]
@@ -385,6 +404,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("the method")
     g.add_argument("--ckpt", default="out/train/ckpt.pt", metavar="FILE",
                    help="the model to distil; it starts from its averaged weights (default: %(default)s)")
+    g.add_argument("--size", type=int, help="with --ldm: side of the images in pixels (default: 256)")
     g.add_argument("--steps", type=int, default=64, metavar="N", help="start depth (default: 64, the paper's)")
     g.add_argument("--target", choices=["ddim", "x0"], default="ddim",
                    help="x'': where one big step must aim (ddim, Algorithm 2), or the next step's own prediction (x0, "
@@ -413,9 +433,9 @@ def parse_args(argv=None):
                         "before; 0: never (default: 3)")
     run_flags(g)
 
-    p.set_defaults(**DEFAULTS, lr=RATES[first.schedule], out=first.out)
+    p.set_defaults(**defaults(first.schedule, first.ldm), out=first.out)
     args, changed = settle(p, argv, first)
-    fixed = {"schedule", "ckpt", "steps", "updates", "batch", "stagger", "target_ema"} & changed
+    fixed = {"schedule", "ckpt", "ldm", "size", "steps", "updates", "batch", "stagger", "target_ema"} & changed
     if fixed:
         p.error(f"--resume can't change {', '.join('--' + f.replace('_', '-') for f in sorted(fixed))}: "
                 f"the place in the plan depends on it")
@@ -447,12 +467,15 @@ def _check(p, args):
         p.error(str(e))
 
 
+ABOUT = "schedule", "predicts", "shape", "classes", "ldm", "autoencoder"      # what a distilled model has of its source
+
+
 def history(args, source):
     """What was done to a model, one dict for each run: training, distillation, distillation of that …"""
     was = source.get("args", {})
     trained = dict(how="train", updates=source.get("step"), distill=was.get("distill"), data=was.get("data"))
     keep = "updates", "batch", "steps", "lr", "lr_end", "target", "weight", "target_ema", "ema", "stagger", "seed"
-    now = dict(how=args.schedule, ckpt=str(args.ckpt), hash=file_hash(args.ckpt)) | {k: getattr(args, k) for k in keep}
+    now = dict(how=args.schedule, ckpt=str(args.ckpt), hash=model_hash(args.ckpt)) | {k: getattr(args, k) for k in keep}
     return [*source.get("history", [trained]), now]
 
 
@@ -463,17 +486,19 @@ def main(argv=None):
     device = pick_device(args.device)
     args.dtype = pick_dtype(args.dtype, device)
     state = check_out(args, f"distil it further as --ckpt {args.out}/ckpt.pt, into another --out")
-    net, source = load_model(Path(args.out) / "ckpt.pt" if state else args.ckpt, device)
+    net, source = load_model(Path(args.out) / "ckpt.pt" if state else args.ckpt, device, name=args.ldm, size=args.size)
     was = source.get("args", {})
-    args.size, args.crop, args.data = source["shape"][1], was.get("crop"), args.data or was.get("data")
-    about = {k: source[k] for k in ("schedule", "predicts", "shape", "classes")}
+    args.size, args.crop, args.data = image_size(source), was.get("crop"), args.data or was.get("data")
+    about = {k: source[k] for k in ABOUT if k in source}
     about["history"] = source["history"] if state else history(args, source)
-    check_depths(args, net, source)
+    check_source(args, net, source)
     images = stream = None
     if SCHEDULES[args.schedule].data or args.fid_every:
         images = load_data(args.data, args.size, args.crop, args.cache)
     if SCHEDULES[args.schedule].data:
-        stream = batches(images, args, state["step"] if state else 0, device)
+        check_labels(args, net, images)
+        read = Latents(images, source, device, args.dtype) if args.ldm else images
+        stream = batches(read, args, state["step"] if state else 0, device)
     torch.manual_seed(args.seed)
     run, updates = setup(args, net, device, about, stream)
     about["before"] = source["before"].cpu() if state else show(sampler_of(run, run.ema))
@@ -487,16 +512,28 @@ def main(argv=None):
     print(f"{args.schedule}: {param_count(net) / 1e6:.2f} M parameters, {args.updates:,} updates of {args.batch} on "
           f"{device} in {args.dtype}, from {args.steps} steps, lr {args.lr:g} to {args.lr_end:g}")
     fit(run, updates, hooks, watch)
+    scores = f"--ldm {args.ldm} --data IMAGES " if args.ldm else ""
     print(f"done: {run.ckpt} and {run.out}/samples-{run.step:06d}.png; "
-          f"scores: python fid.py --ckpt {args.ckpt} {run.ckpt}")
+          f"scores: python fid.py {scores}--ckpt {args.ckpt} {run.ckpt}")
 
 
-def check_depths(args, net, source):
-    """Exit if the noise schedule can't take as many steps as the plan asks for."""
+def check_source(args, net, source):
+    """Exit if the model does not go with the flags: its defaults, its data, its noise schedule."""
+    if "ldm" in source and not args.ldm:
+        sys.exit(f"error: {args.ckpt} is LDM's {source['ldm']}: give --ldm {source['ldm']}, which has other defaults")
+    if args.ldm and not args.data and (SCHEDULES[args.schedule].data or args.fid_every):
+        sys.exit(f"error: nobody knows what LDM's {args.ldm} was trained on: give the images as --data")
     try:
         Denoiser.of(net, source).schedule.times(args.steps)
     except ValueError as e:
         sys.exit(f"error: {e}")
+
+
+def check_labels(args, net, images):
+    """Exit if the classes of a data set, in alphabetical order as everywhere, are not those of the model."""
+    if net.config.classes and len(images.classes) != net.config.classes:
+        sys.exit(f"error: the model has {net.config.classes} classes, but {args.data or 'the data'} has "
+                 f"{len(images.classes)} (sub-folders name the classes)")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python fid.py REAL --save real.npz                              # statistics for later, in pytorch-fid's format
     python fid.py --ckpt out/train/ckpt.pt --data celeba.zip --steps 2 4 8 64 -n 30000    # a row of Table 1
     python fid.py --ckpt out/dsdi/ckpt.pt out/tsd/ckpt.pt --data celeba.zip               # Table 2
+    python fid.py --ldm imagenet256 --ckpt out/dsdn/ckpt.pt --data imagenet/ --guidance 2 # LDM's models: see ldm.py
     python fid.py --ckpt out/train/ckpt.pt --weights random -n 2048 # no download: "rFID", on the built-in pictures
 
 The features are those of the 2015 Inception network as pytorch-fid uses it: the same weights, resized the
@@ -37,7 +38,8 @@ from tqdm import tqdm
 
 from data import DataError, default_cache, load_data, open_source, to_pixels
 from ddim import Denoiser
-from model import autocast, file_hash, load_model, pick_device, pick_dtype
+from ldm import image_size, ldm_flag, load_model, model_hash
+from model import autocast, file_hash, pick_device, pick_dtype
 from sample import Sampler, pick_classes
 
 # ---- the Inception network ---------------------------------------------------------------------------
@@ -637,12 +639,13 @@ def sampled_statistics(sampler, steps, n, features, card, batch=64):
 
 def evaluate(args, path, features, device):
     """The scores of one checkpoint at each of --steps, from its cache where they are: [card, …]."""
-    net, state = load_model(path, device, ema=not args.raw)
+    net, state = load_model(path, device, not args.raw, args.ldm, args.size)
     trained = state.get("args", {})
-    images = load_data(args.data or trained.get("data"), state["shape"][1], trained.get("crop"), args.cache)
+    images = load_data(args.data or trained.get("data"), image_size(state), trained.get("crop"), args.cache)
     dtype = pick_dtype(args.dtype, device)
-    sampler = Sampler(net, state, device, dtype, pick_classes(None, args.guidance, state), args.guidance, args.seed)
-    model = dict(checkpoint=str(path), hash=file_hash(path), weights="raw" if args.raw else "ema", dtype=dtype)
+    sampler = Sampler(net, state, device, dtype, pick_classes(None, args.guidance, state), args.guidance, args.seed,
+                      args.decode_batch)
+    model = dict(checkpoint=str(path), hash=model_hash(path), weights="raw" if args.raw else "ema", dtype=dtype)
     real, rows = None, []
     for steps in args.steps:
         key = dict(model, version=VERSION, steps=steps, n=args.n, seed=args.seed, guidance=args.guidance,
@@ -713,7 +716,8 @@ def parse_args(argv=None):
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
 
     g = p.add_argument_group("image files")
-    g.add_argument("--size", type=int, help="first bring REAL to this size, with the crop and filter of train.py")
+    g.add_argument("--size", type=int,
+                   help="first bring REAL to this size, with the crop and filter of train.py; with --ldm: the models'")
     g.add_argument("--crop", type=float, help="with --size: centre crop as in train.py, in pixels, or up to 1: a share")
     g.add_argument("--save", metavar="NPZ", help="write the statistics of the last side here")
     g.add_argument("--shuffle", action="store_true",
@@ -721,6 +725,7 @@ def parse_args(argv=None):
 
     g = p.add_argument_group("models")
     g.add_argument("--ckpt", nargs="+", metavar="FILE", help="checkpoints to sample from: the rows of the table")
+    ldm_flag(g)
     g.add_argument("--data", metavar="PATH",
                    help="the real images, prepared as the checkpoint's training did (default: what it was trained on)")
     g.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64], metavar="N",
@@ -731,6 +736,8 @@ def parse_args(argv=None):
     g.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     g.add_argument("--raw", action="store_true", help="the weights themselves instead of their average (EMA)")
     g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="precision of the sampled model")
+    g.add_argument("--decode-batch", type=int, metavar="N",
+                   help="images of an LDM decoded at a time (default: 8 on a GPU, 1 on a CPU)")
     g.add_argument("--cache", metavar="DIR", help="where packed images are kept (default: $DSD_CACHE or ~/.cache/dsd)")
     g.add_argument("--out", default="out/fid", metavar="DIR",
                    help="folder for table.md and table.json (default: %(default)s)")
@@ -743,8 +750,10 @@ def parse_args(argv=None):
         p.error("give REAL and FAKE, or one of them with --save, or --ckpt")
     if args.crop and not args.size:
         p.error("--crop goes with --size: it is part of bringing REAL to a model's size")
-    if min(*args.steps, args.batch, 1 if args.size is None else args.size) < 1 or args.n < 2 or args.seed < 0:
-        p.error("--steps, --size and --batch must be at least 1, -n at least 2, --seed at least 0")
+    if min(args.batch, *args.steps, *(v for v in (args.size, args.decode_batch) if v is not None)) < 1:
+        p.error("--steps, --size and both batches must be at least 1")
+    if args.n < 2 or args.seed < 0:
+        p.error("out of range: -n at least 2, --seed at least 0")
     return args
 
 
@@ -784,8 +793,10 @@ def compare_files(args, features):
 def compare_models(args, features, device):
     results = {}
     for path in args.ckpt:                                     # each of them, before hours are spent on the first
-        net, state = load_model(path)
+        net, state = load_model(path, name=args.ldm, size=args.size)
         pick_classes(None, args.guidance, state)
+        if "ldm" in state and not args.data:
+            sys.exit(f"error: {path} is one of LDM's models: the images to compare with have to be given, as --data")
         try:
             Denoiser.of(net, state).schedule.times(max(args.steps))
         except ValueError as e:

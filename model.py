@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class UNetConfig:
     groups: int = 32                        # of GroupNorm; with one channel a group it would erase the time signal
     dropout: float = 0.0
     classes: int = 0                        # > 0: label embedding, with index `classes` as the null class
-    context_dim: int = 0                    # > 0: transformer blocks that cross-attend to a context
+    context_dim: int = 0                    # > 0: transformer blocks that cross-attend to a context: the label, if any
     in_channels: int = 3                    # image or latent channels, in and out
 
     def __post_init__(self):
@@ -223,14 +224,19 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network. Stages are numbered as guided-diffusion numbers its input_blocks and output_blocks."""
+    """The network. Stages are numbered as guided-diffusion numbers its input_blocks and output_blocks.
+
+    With `checkpointing` a stage keeps only its input, and is computed again in the backward pass: the same gradients
+    for a fraction of the memory, and a third more time.
+    """
 
     def __init__(self, config):
         super().__init__()
+        self.checkpointing = False
         c = self.config = config
         width = 4 * c.channels
         self.time_in, self.time_out = nn.Linear(c.channels, width), nn.Linear(width, width)
-        self.label = nn.Embedding(c.classes + 1, width) if c.classes else None
+        self.label = nn.Embedding(c.classes + 1, c.context_dim or width) if c.classes else None
 
         def attention(ch, factor):
             if factor not in c.attention:
@@ -264,33 +270,49 @@ class UNet(nn.Module):
         self.norm = nn.GroupNorm(c.groups, ch)
         self.out = zero(nn.Conv2d(ch, c.in_channels, 3, padding=1))
 
+    def requires_grad_(self, requires_grad=True):
+        """As for any module, but an embedding looked up as a context stays fixed: LDM trains it apart from the UNet."""
+        super().requires_grad_(requires_grad)
+        if self.label is not None and self.config.context_dim:
+            self.label.requires_grad_(False)
+        return self
+
+    def _run(self, stage, *inputs):
+        """A stage's output, by way of `checkpointing` if that is on."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(stage, *inputs, use_reentrant=False)
+        return stage(*inputs)
+
     def forward(self, z, t, y=None, context=None):
         """z (B, C, H, W); t in [0, 1], float or (B,); y (B,) class indices; context (B, S, context_dim).
 
         Returns (B, C, H, W) in the dtype of the weights, also under autocast: the difference between two
         neighbouring predictions is what self-distillation learns from, and bfloat16 would round it away.
-        H and W must be divisible by 2^(levels - 1). y is needed exactly if the config has classes.
+        H and W must be divisible by 2^(levels - 1). y is needed exactly if the config has classes; where the label is
+        looked up as a context of one token, a context may be given in its place.
         """
         side = 2 ** (len(self.config.mult) - 1)
         if z.shape[2] % side or z.shape[3] % side:
             raise ValueError(f"image size {tuple(z.shape[2:])} is not divisible by {side}, as this UNet needs")
-        if (y is None) == (self.config.classes > 0):
+        if (y is not None) != (self.config.classes > 0 and context is None):
             raise ValueError("this UNet needs class labels y" if y is None else "this UNet has no classes, but got y")
         dtype = self.out.weight.dtype
         t = torch.as_tensor(t, dtype=dtype, device=z.device).expand(len(z))
         emb = self.time_out(F.silu(self.time_in(time_embedding(t, self.config.channels))))
-        if y is not None:
+        if y is not None and self.config.context_dim:
+            context = self.label(y)[:, None]          # (B, 1, context_dim): LDM's class embedder
+        elif y is not None:
             emb = emb + self.label(y)
         emb = F.silu(emb)                             # every ResBlock begins with this SiLU: do it once
 
         h, skips = z, []
         for stage in self.down:
-            h = stage(h, emb, context)
+            h = self._run(stage, h, emb, context)
             skips.append(h)
         for stage in self.mid:
-            h = stage(h, emb, context)
+            h = self._run(stage, h, emb, context)
         for stage in self.up:
-            h = stage(torch.cat([h, skips.pop()], dim=1), emb, context)
+            h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb, context)
         h = F.silu(self.norm(h))
         with torch.autocast(z.device.type, enabled=False):
             return self.out(h.to(dtype))
@@ -377,10 +399,14 @@ def save_checkpoint(path, state):
         raise CheckpointError(f"error: can't write {path} ({e.strerror or e}); the old one is untouched") from None
 
 
-def load_checkpoint(path, device="cpu"):
-    """Read what `save_checkpoint` wrote, without running code from the file. Raises CheckpointError."""
+def load_checkpoint(path):
+    """Read what `save_checkpoint` wrote, on the CPU, without running code from the file. Raises CheckpointError.
+
+    Its tensors are mapped from the disk: a sampler of a big model never reads the optimiser's state. (Windows can't
+    replace a file that is mapped, as a resumed run does.)
+    """
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
     except FileNotFoundError:
         raise CheckpointError(f"error: no checkpoint at {path}; to make one: python train.py --distill 0.15") from None
     except Exception as e:  # torch raises half a dozen types here, all meaning the same to a user
@@ -392,17 +418,18 @@ def load_checkpoint(path, device="cpu"):
 
 def load_model(path, device="cpu", ema=True):
     """The network of a checkpoint, ready to sample: (net, state). `ema=False`: the weights, not their average."""
-    state = load_checkpoint(path, device)
+    state = load_checkpoint(path)
     known = {f.name for f in fields(UNetConfig)}
     if not state["config"].keys() <= known:
         raise CheckpointError(f"error: {path}: unknown model settings {sorted(state['config'].keys() - known)}")
-    net = UNet(UNetConfig(**state["config"])).to(device, memory_format=memory_format(device))
+    with torch.device("meta"):                                # no random weights: those of the file follow
+        net = UNet(UNetConfig(**state["config"])).to_empty(device="cpu")
     try:
         net.load_state_dict(state["ema" if ema else "weights"])
     except RuntimeError as e:
         first = str(e).splitlines()[1].strip()
         raise CheckpointError(f"error: {path}: its weights do not fit its own config ({first})") from None
-    return net.eval().requires_grad_(False), state
+    return net.to(device, memory_format=memory_format(device)).eval().requires_grad_(False), state
 
 
 def file_hash(path, digits=16):

@@ -5,6 +5,8 @@
     python sample.py --ckpt out/train/ckpt.pt out/dsdi/ckpt.pt  # models under each other, before and after (Figure 2)
     python sample.py --steps 8 -n 50000 --save out/png          # PNG files 00000.png, 00001.png …
     python sample.py --steps 8 -n 50000 --save out/8.npz        # or one file: arr_0 (N, H, W, 3) uint8
+    python sample.py --ldm celebahq256 --ckpt model.ckpt        # one of LDM's models: see ldm.py
+    python sample.py --ckpt out/dsdn/ckpt.pt --export out/hf    # a distilled one of them, for diffusers
 
 Image i of a seed starts from the same noise whatever the batch, the device or -n. A --save that was
 interrupted goes on where it stopped when the same command is given again.
@@ -24,7 +26,8 @@ from tqdm import tqdm
 
 from data import save_grid, to_pixels
 from ddim import Denoiser, noise, sample
-from model import autocast, file_hash, load_model, memory_format, pick_device, pick_dtype
+from ldm import autoencoder_of, export, image_size, ldm_flag, load_model, model_hash
+from model import autocast, memory_format, pick_device, pick_dtype
 
 # ---- one batch, one grid ------------------------------------------------------------------------------
 
@@ -32,20 +35,36 @@ from model import autocast, file_hash, load_model, memory_format, pick_device, p
 class Sampler:
     """A checkpoint's model made ready to draw images by their number.
 
-    xhat     Denoiser;  shape (C, H, W) of one image
+    xhat     Denoiser;  shape (C, H, W) of what it draws: an image, or the latents that LDM's autoencoder decodes
     classes  class indices given to image 0, 1, 2 … in turn, or None for an unconditional model
+    decoded_at_a_time  latents, as a 256x256 image needs 0.2 GB for its decoding; None: what suits the device
     """
 
-    def __init__(self, net, state, device, dtype, classes=None, w=1.0, seed=0):
+    def __init__(self, net, state, device, dtype, classes=None, w=1.0, seed=0, decoded_at_a_time=None):
         self.xhat, self.shape = Denoiser.of(net, state), state["shape"]
         self.device, self.dtype, self.classes, self.w, self.seed = device, dtype, classes, w, seed
+        self.autoencoder = autoencoder_of(state, device) if "ldm" in state else None
+        self.image_shape = [3, image_size(state), image_size(state)] if self.autoencoder else self.shape
+        self.decoded_at_a_time = decoded_at_a_time or (8 if device.type == "cuda" else 1)
 
     def labels(self, indices):
         """The classes (B,) of images number `indices`, or None."""
         return self.classes and torch.tensor([self.classes[i % len(self.classes)] for i in indices])
 
     def __call__(self, indices, steps, bar=None):
-        """Images number `indices` (B, C, H, W) in about [-1, 1], float32 on the device."""
+        """Images number `indices` (B, 3, H, W) in about [-1, 1], float32 on the device."""
+        return self.decode(self.draw(indices, steps, bar))
+
+    @torch.no_grad()
+    def decode(self, x):
+        """The images of what was drawn (B, C, H, W), on any device: of pixels those themselves."""
+        if self.autoencoder is None:
+            return x
+        with autocast(self.device, self.dtype):
+            return torch.cat([self.autoencoder.decode(z.to(self.device)) for z in x.split(self.decoded_at_a_time)])
+
+    def draw(self, indices, steps, bar=None):
+        """What the network draws for the images number `indices` (B, C, H, W): pixels or latents."""
         z = noise(self.seed, indices, self.shape).to(self.device, memory_format=memory_format(self.device))
         y = self.labels(indices)
         with autocast(self.device, self.dtype):
@@ -170,8 +189,10 @@ def save_images(sampler, steps, n, batch, target):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", nargs="+", default=["out/train/ckpt.pt"], metavar="FILE",
-                   help="checkpoints of train.py or distill.py: a row for each in every step count; with --save just "
-                        "one (default: out/train/ckpt.pt)")
+                   help="checkpoints of train.py or distill.py, or with --ldm files of LDM's: a row for each in every "
+                        "step count; with --save just one (default: out/train/ckpt.pt)")
+    ldm_flag(p)
+    p.add_argument("--size", type=int, help="with --ldm: side of the images in pixels (default: 256)")
     p.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8, 64], metavar="N",
                    help="network evaluations per image, each a row of the grid (default: 2 4 8 64); with --save one")
     p.add_argument("-n", type=int, metavar="N", help="images: columns of the grid (default: 10), or how many to --save")
@@ -179,6 +200,7 @@ def parse_args(argv=None):
                    help="the grid: a .png, or a folder for grid.png (default: the last checkpoint's folder)")
     p.add_argument("--save", metavar="PATH",
                    help="instead of a grid, write -n images: PNG files into a folder, or one .npz")
+    p.add_argument("--export", metavar="DIR", help="instead of a grid, write one of LDM's models in diffusers' layout")
     p.add_argument("--class", dest="classes", nargs="+", metavar="C",
                    help="classes, by name or number, given to the images in turn (default: all of them)")
     p.add_argument("--guidance", type=float, default=1.0, metavar="W",
@@ -186,6 +208,8 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     p.add_argument("--raw", action="store_true", help="the weights themselves instead of their average (EMA)")
     p.add_argument("--batch", type=int, default=64, help="images at a time with --save (default: 64)")
+    p.add_argument("--decode-batch", type=int, metavar="N",
+                   help="images of an LDM decoded at a time (default: 8 on a GPU, 1 on a CPU)")
     p.add_argument("--overwrite", action="store_true", help="delete the samples that --save finds there")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     p.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
@@ -195,11 +219,15 @@ def parse_args(argv=None):
         p.error("--save needs -n, exactly one step count and one --ckpt: --steps 8 -n 50000 --save DIR")
     if args.save and args.out:
         p.error("--out is for the grid, --save for many images: give one of them")
+    if args.export and (args.save or args.out or len(args.ckpt) != 1):
+        p.error("--export writes one model itself, --out and --save are for samples: give one of them, and one --ckpt")
     if args.out and Path(args.out).suffix not in ("", ".png"):
         p.error(f"--out {args.out}: the grid is a .png")
     args.n = 10 if args.n is None else args.n
-    if min(args.steps) < 1 or args.n < 1 or args.batch < 1 or args.seed < 0:
-        p.error("--steps, -n and --batch must be at least 1, --seed at least 0")
+    if min(args.n, args.batch, *args.steps, *(v for v in (args.size, args.decode_batch) if v is not None)) < 1:
+        p.error("--steps, -n, --size and both batches must be at least 1")
+    if args.seed < 0:
+        p.error("--seed must be at least 0")
     return args
 
 
@@ -219,9 +247,9 @@ def pick_classes(wanted, guidance, state):
 
 def load_sampler(path, args, device, dtype):
     """(Sampler, state) of one checkpoint, with the classes, guidance and seed of the flags. Exits if it can't be."""
-    net, state = load_model(path, device, ema=not args.raw)
+    net, state = load_model(path, device, not args.raw, args.ldm, args.size)
     classes = pick_classes(args.classes, args.guidance, state)
-    sampler = Sampler(net, state, device, dtype, classes, args.guidance, args.seed)
+    sampler = Sampler(net, state, device, dtype, classes, args.guidance, args.seed, args.decode_batch)
     try:
         sampler.xhat.schedule.times(max(args.steps))
     except ValueError as e:
@@ -233,22 +261,28 @@ def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    if args.export:
+        net, state = load_model(args.ckpt[0], "cpu", not args.raw, args.ldm, args.size)
+        export(net, state, args.export)
+        print(f"wrote {args.export}{told(state)}")
+        return
     samplers = {}
     for ckpt in args.ckpt:
         name = Path(ckpt).parent.name or Path(ckpt).stem
         sampler, state = load_sampler(ckpt, args, device, dtype)
         samplers[name if name not in samplers else str(ckpt)] = sampler
-    if len({tuple(s.shape) for s in samplers.values()}) > 1:
+    if len({tuple(s.image_shape) for s in samplers.values()}) > 1:
         sys.exit("error: these models draw images of different sizes: they need a grid each")
     path = Path(args.save or args.out or Path(args.ckpt[-1]).parent)
     if not args.save and path.suffix != ".png":
         path = path / "grid.png"
     try:
         if args.save:
-            settings = dict(ckpt=file_hash(args.ckpt[0]), steps=args.steps[0], seed=args.seed, classes=sampler.classes,
+            settings = dict(ckpt=model_hash(args.ckpt[0]), steps=args.steps[0], seed=args.seed, classes=sampler.classes,
                             guidance=args.guidance, weights="raw" if args.raw else "ema", dtype=dtype)
+            settings |= {"size": image_size(state)} if "ldm" in state else {}      # the others have only one
             kind = Npz if path.suffix == ".npz" else Folder
-            target = kind(path, args.n, sampler.shape, settings, args.overwrite)
+            target = kind(path, args.n, sampler.image_shape, settings, args.overwrite)
             save_images(sampler, args.steps[0], args.n, args.batch, target)
         else:
             draw_grid(samplers, args.steps, args.n, path)
@@ -259,7 +293,8 @@ def main(argv=None):
 
 def told(state):
     """What was done to a distilled model, as the end of a sentence; nothing for one that was only trained."""
-    runs = [f"{h['how']}, {h['updates']:,} updates" + (f" from {h['steps']} steps" if "steps" in h else "")
+    runs = [h["how"] + (f", {h['updates']:,} updates" if "updates" in h else "")
+            + (f" from {h['steps']} steps" if "steps" in h else "")
             for h in state.get("history", [])]
     return f" (the model: {'; then '.join(runs)})" if runs else ""
 

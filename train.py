@@ -100,7 +100,8 @@ def drop_labels(y, null, p=LABEL_DROPOUT):
 class Run:
     """A network in training with its average, optimiser, place in the run and files. One loop, `fit`, drives it.
 
-    args   needs: out, updates, batch, lr, lr_end, warmup, betas, clip, ema, seed, dtype, compile, log_every, save_every
+    args   needs: out, updates, batch, lr, lr_end, warmup, betas, clip, ema, ema_device, checkpointing, seed, dtype,
+           compile, log_every, save_every
     about  what the checkpoint says of the model: schedule, predicts, shape, classes, …, as sample.py needs them
     young  the network starts from random weights, which its average must be quick to forget
     parts  further state that a resumed run needs, by name: objects with state_dict and load_state_dict
@@ -110,7 +111,10 @@ class Run:
         self.args, self.device, self.out, self.about, self.young = args, device, Path(args.out), about, young
         self.parts = {}
         self.net = net.to(device, memory_format=memory_format(device))
+        self.net.checkpointing = args.checkpointing
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
+        if args.ema_device == "cpu":
+            self.ema.to("cpu")
         self.model = torch.compile(self.net) if args.compile else self.net
         self.opt = torch.optim.Adam(self.net.parameters(), lr=args.lr, betas=tuple(args.betas), fused=True)
         self.step = 0
@@ -118,6 +122,10 @@ class Run:
     @property
     def ckpt(self):
         return self.out / "ckpt.pt"
+
+    def average(self):
+        """The averaged network on the run's device, to sample from: a copy if it is kept elsewhere."""
+        return self.ema if self.args.ema_device == "same" else copy.deepcopy(self.ema).to(self.device)
 
     def autocast(self):
         return autocast(self.device, self.args.dtype)
@@ -181,8 +189,10 @@ def learning_rate(args, step):
 
 @torch.no_grad()
 def follow(average, net, decay):
-    """One step of a running average of weights: decay · average + (1 − decay) · net."""
-    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+    """One step of a running average of weights, which may be on another device: decay · average + (1 − decay) · net."""
+    averages = list(average.parameters())
+    weights = [p.to(a.device) for a, p in zip(averages, net.parameters(), strict=True)]
+    torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
 def fit(run, losses, hooks=(), watch=None):
@@ -335,7 +345,7 @@ def sample_picture(run, count=80, columns=10):
     """Sample grid from the averaged weights, always with the same noise; with ten classes, each has its column."""
     a, c = run.args, run.net.config
     y = torch.arange(count, device=run.device) % c.classes if c.classes else None
-    xhat = Denoiser.of(run.ema, run.about)
+    xhat = Denoiser.of(run.average(), run.about)
     z = noise(a.seed, range(count), run.about["shape"]).to(run.device, memory_format=memory_format(run.device))
     with run.autocast():
         x = sample(xhat, z, a.sample_steps, y)
@@ -352,7 +362,7 @@ def scorer(args, images, device, steps):
 
     def score(run):
         y = list(range(run.net.config.classes)) or None
-        sampler = Sampler(run.ema, run.about, run.device, args.dtype, y, seed=args.seed)
+        sampler = Sampler(run.average(), run.about, run.device, args.dtype, y, seed=args.seed)
         for s in steps:
             fake = sampled_statistics(sampler, s, args.fid_samples, features, dict(weights="ema", dtype=args.dtype))
             card = compare(real, fake)
@@ -447,6 +457,10 @@ def run_flags(g):
     g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
                    help="precision of the network's insides (default: bf16 where the hardware has it)")
+    g.add_argument("--ema-device", choices=["same", "cpu"], default="same",
+                   help="where the weight average is kept: beside the model, or on the CPU to save a GPU its memory")
+    g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
+                   help="compute activations again in the backward pass: a fraction of the memory, a third more time")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
 
 
@@ -463,7 +477,8 @@ def check_numbers(p, args):
     least = dict(updates=1, batch=1, size=1, log_every=1, save_every=1, sample_steps=1,
                  sample_every=0, fid_every=0, fid_samples=2, warmup=0, seed=0)
     for name, value in least.items():
-        if getattr(args, name, value) < value:
+        given = getattr(args, name, None)
+        if given is not None and given < value:
             p.error(f"--{name.replace('_', '-')} must be at least {value}")
     if not all(0 <= beta < 1 for beta in args.betas):
         p.error("--betas must be at least 0 and below 1")

@@ -1,0 +1,685 @@
+"""LDM's pretrained models (Rombach et al. 2022): the autoencoder they draw in, and their files in two layouts.
+
+    net, state = load_model("model.ckpt", name="celebahq256")     # CompVis's file; a folder in diffusers' layout
+    images = autoencoder_of(state).decode(z)                      # latents (B, 3, 64, 64) -> (B, 3, 256, 256)
+
+Their UNet is model.py's. It predicts the noise in latents, which a fixed autoencoder (VQ-f4: four times smaller, a
+codebook of 8192 entries) makes of images and turns into images again. A file is only ever read as tensors and plain
+values. Every tensor in it has a place here, or a reason to be ignored; one that is missing, unknown or of another
+shape is an error that names it.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from tqdm import tqdm
+
+from data import DataError, Images, check_space, locked
+from ddim import LDMDiscrete
+from model import (
+    CheckpointError,
+    Downsample,
+    ResBlock,
+    SelfAttention,
+    Transformer,
+    UNet,
+    UNetConfig,
+    Upsample,
+    attend,
+    autocast,
+    config_dict,
+    file_hash,
+    memory_format,
+)
+from model import load_model as load_own
+
+# ---- the autoencoder ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Everything that decides the shape of an autoencoder's weights; the defaults are VQ-f4."""
+
+    channels: int = 128                     # width at full resolution
+    mult: tuple[int, ...] = (1, 2, 4)       # width of each level, in units of `channels`
+    blocks: int = 2                         # residual blocks per level of the encoder, one more in the decoder
+    latent: int = 3                         # channels of the latents, and length of a code
+    codes: int = 8192                       # rows of the codebook
+
+    @property
+    def factor(self):
+        """How many times smaller than its image a latent is."""
+        return 2 ** (len(self.mult) - 1)
+
+
+def named(**layers):
+    """Layers one after the other, under names."""
+    return nn.Sequential(OrderedDict(layers))
+
+
+def norm(ch):
+    return nn.GroupNorm(32, ch, eps=1e-6)                     # another epsilon than in the UNet
+
+
+class Block(nn.Module):
+    """Residual block without time: (B, Cin, H, W) -> (B, Cout, H, W)."""
+
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.norm1, self.norm2 = norm(cin), norm(cout)
+        self.conv1, self.conv2 = nn.Conv2d(cin, cout, 3, padding=1), nn.Conv2d(cout, cout, 3, padding=1)
+        self.nin_shortcut = nn.Identity() if cin == cout else nn.Conv2d(cin, cout, 1)
+
+    def forward(self, h):
+        r = self.conv1(F.silu(self.norm1(h)))
+        return self.nin_shortcut(h) + self.conv2(F.silu(self.norm2(r)))
+
+
+class Attention(nn.Module):
+    """Every pixel looks at every other, with one head. Keeps the shape (B, C, H, W)."""
+
+    def __init__(self, ch):
+        super().__init__()
+        self.norm = norm(ch)
+        self.q, self.k, self.v, self.proj_out = (nn.Linear(ch, ch) for _ in range(4))
+
+    def forward(self, h):
+        x = self.norm(h).flatten(2).transpose(1, 2)           # (B, HW, C): tokens
+        x = self.proj_out(attend(*(layer(x)[:, :, None] for layer in (self.q, self.k, self.v))))
+        return h + x.transpose(1, 2).reshape(h.shape)
+
+
+def blocks(cin, cout, count):
+    return nn.Sequential(*(Block(cout if i else cin, cout) for i in range(count)))
+
+
+def middle(ch):
+    return named(block_1=Block(ch, ch), attn_1=Attention(ch), block_2=Block(ch, ch))
+
+
+def encoder(c):
+    """Images (B, 3, H, W) -> (B, latent, H/f, W/f). Names as in LDM's files, here and in the decoder."""
+    widths, levels = [c.channels, *(m * c.channels for m in c.mult)], []
+    for i, (cin, cout) in enumerate(pairwise(widths)):
+        levels.append(named(block=blocks(cin, cout, c.blocks)))
+        if i < len(c.mult) - 1:                               # padded at the right and the bottom only
+            halve = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(cout, cout, 3, stride=2))
+            levels[-1].add_module("downsample", halve)
+    return named(conv_in=nn.Conv2d(3, c.channels, 3, padding=1), down=nn.Sequential(*levels), mid=middle(cout),
+                 norm_out=norm(cout), act=nn.SiLU(), conv_out=nn.Conv2d(cout, c.latent, 3, padding=1))
+
+
+def decoder(c):
+    """(B, latent, h, w) -> images (B, 3, f h, f w)."""
+    ch, levels = c.mult[-1] * c.channels, {}
+    conv_in, mid = nn.Conv2d(c.latent, ch, 3, padding=1), middle(ch)
+    for i, mult in reversed(list(enumerate(c.mult))):         # the coarsest level, which has the highest number, first
+        level, ch = named(block=blocks(ch, mult * c.channels, c.blocks + 1)), mult * c.channels
+        if i:
+            level.add_module("upsample", named(conv=Upsample(ch)))
+        levels[str(i)] = level
+    return named(conv_in=conv_in, mid=mid, up=named(**levels),
+                 norm_out=norm(ch), act=nn.SiLU(), conv_out=nn.Conv2d(ch, 3, 3, padding=1))
+
+
+class Autoencoder(nn.Module):
+    """Images (B, 3, H, W) in about [-1, 1] to latents (B, latent, H/f, W/f), and back."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.encoder, self.decoder = encoder(c), decoder(c)
+        self.quantize = named(embedding=nn.Embedding(c.codes, c.latent))
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(c.latent, c.latent, 1), nn.Conv2d(c.latent, c.latent, 1)
+
+    def encode(self, x):
+        """Latents as diffusion sees them: not quantised."""
+        return self.quant_conv(self.encoder(x))
+
+    def nearest(self, z):
+        """For each latent pixel the row of the codebook that is nearest to it, the first of equals: (B, h, w)."""
+        codes, rows = self.quantize.embedding.weight, []
+        with torch.autocast(z.device.type, enabled=False):
+            for image in z.float():                           # one by one: 64x64 pixels have 134 MB of distances
+                distance = codes.square().sum(1) - 2 * image.flatten(1).T @ codes.T    # less the pixel's own square
+                rows.append(distance.argmin(1).view(image.shape[1:]))
+        return torch.stack(rows)
+
+    def decode(self, z):
+        """Latents, quantised first, to images; float32 also under autocast, since bfloat16 has no 256 shades."""
+        codes = self.quantize.embedding(self.nearest(z)).permute(0, 3, 1, 2)
+        h = self.decoder[:-1](self.post_quant_conv(codes))
+        with torch.autocast(z.device.type, enabled=False):
+            return self.decoder.conv_out(h.float())
+
+
+# ---- the three models -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """A released model: its UNet, its autoencoder, and the side of its images in pixels."""
+
+    unet: UNetConfig
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    size: int = 256
+
+
+UNCONDITIONAL = UNetConfig(channels=224, mult=(1, 2, 3, 4), blocks=2, attention=(2, 4, 8), head_channels=32)
+MODELS = {
+    "celebahq256": Model(UNCONDITIONAL),
+    "bedroom256": Model(UNCONDITIONAL),
+    "imagenet256": Model(UNetConfig(channels=192, mult=(1, 2, 3, 5), blocks=2, attention=(2, 4, 8), head_channels=0,
+                                    heads=1, classes=1000, context_dim=512)),
+}
+
+
+def build(name):
+    """UNet and autoencoder of MODELS[name] as `unet` and `autoencoder` of one module, without memory for weights."""
+    with torch.device("meta"):
+        return nn.ModuleDict(dict(unet=UNet(MODELS[name].unet), autoencoder=Autoencoder(MODELS[name].autoencoder)))
+
+
+def image_size(state):
+    """The side of a model's images in pixels, whatever it draws in."""
+    return state["shape"][1] * (MODELS[state["ldm"]].autoencoder.factor if "ldm" in state else 1)
+
+
+def autoencoder_of(state, device="cpu"):
+    """The autoencoder that a checkpoint carries, ready for use."""
+    with torch.device("meta"):
+        net = Autoencoder(MODELS[state["ldm"]].autoencoder)
+    net.load_state_dict(state["autoencoder"], assign=True)
+    return net.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
+
+
+# ---- names: ours -> a file's ----------------------------------------------------------------------------
+
+# Inside a block. Both layouts have the transformer's names in common.
+TRANSFORMER = {"norm": "norm", "proj_in": "proj_in", "proj_out": "proj_out",
+               "ff.up": "transformer_blocks.0.ff.net.0.proj", "ff.down": "transformer_blocks.0.ff.net.2"}
+TRANSFORMER |= {f"norm{i}": f"transformer_blocks.0.norm{i}" for i in (1, 2, 3)}
+TRANSFORMER |= {f"attn{i}.{ours}": f"transformer_blocks.0.attn{i}.to_{theirs}" for i in (1, 2)
+                for ours, theirs in {"q": "q", "k": "k", "v": "v", "out": "out.0"}.items()}
+COMPVIS = {
+    ResBlock: {"norm1": "in_layers.0", "conv1": "in_layers.2", "emb": "emb_layers.1", "norm2": "out_layers.0",
+               "conv2": "out_layers.3", "skip": "skip_connection"},
+    SelfAttention: {"norm": "norm", "qkv": "qkv", "proj": "proj_out"},
+    Transformer: TRANSFORMER,
+    Downsample: {"": "op"},
+    Upsample: {"": "conv"},
+}
+DIFFUSERS = {
+    ResBlock: {"norm1": "norm1", "conv1": "conv1", "emb": "time_emb_proj", "norm2": "norm2", "conv2": "conv2",
+               "skip": "conv_shortcut"},
+    SelfAttention: {"norm": "group_norm", "qkv": ("to_q", "to_k", "to_v"), "proj": "to_out.0"},
+    Transformer: TRANSFORMER,
+    Downsample: {"": "conv"},
+    Upsample: {"": "conv"},
+}
+
+
+def compvis_places(net):
+    """(part of our UNet, its place in CompVis's UNet); a stage's parts are numbered as far as they exist."""
+    yield from {"time_in": "time_embed.0", "time_out": "time_embed.2", "norm": "out.0", "out": "out.2",
+                "mid.0.res": "middle_block.0", "mid.0.attn": "middle_block.1", "mid.1.res": "middle_block.2"}.items()
+    for path, theirs in (("down", "input_blocks"), ("up", "output_blocks")):
+        for i, stage in enumerate(getattr(net, path)):
+            for k, (part, _) in enumerate(stage.named_children()):
+                yield f"{path}.{i}.{part}", f"{theirs}.{i}.{k}"
+
+
+def diffusers_places(net):
+    """(part of our UNet, its place in diffusers' UNet2DModel and UNet2DConditionModel)."""
+    yield from {"time_in": "time_embedding.linear_1", "time_out": "time_embedding.linear_2", "norm": "conv_norm_out",
+                "out": "conv_out", "down.0.resample": "conv_in", "mid.0.res": "mid_block.resnets.0",
+                "mid.0.attn": "mid_block.attentions.0", "mid.1.res": "mid_block.resnets.1"}.items()
+    for path, first, resampled in (("down", 1, "downsamplers"), ("up", 0, "upsamplers")):
+        for i, stage in enumerate(getattr(net, path)[first:]):
+            level, j = divmod(i, net.config.blocks + 1)       # going down, the last one of a level only halves
+            theirs = dict(res=f"resnets.{j}", attn=f"attentions.{j}", resample=f"{resampled}.0")
+            for part, _ in stage.named_children():
+                yield f"{path}.{i + first}.{part}", f"{path}_blocks.{level}.{theirs[part]}"
+
+
+def unet_names(net, places, inner):
+    """{our name: their names} of a UNet's tensors; three of theirs where they keep q, k and v apart."""
+    names = {}
+    for ours, theirs in places:
+        part = net.get_submodule(ours)
+        table = inner.get(type(part), {"": ""})
+        for key in part.state_dict():
+            module, _, kind = key.rpartition(".")
+            found = table[module]
+            found = [found] if isinstance(found, str) else found
+            names[f"{ours}.{key}"] = tuple(".".join(filter(None, (theirs, name, kind))) for name in found)
+    return names
+
+
+def diffusers_vq_name(key, levels):
+    """An autoencoder's tensor in diffusers' VQModel. Its decoder numbers the levels in the order they run in."""
+    def level(m):
+        i = int(m[3])
+        return f"{m[1]}.{m[2]}_blocks.{i if m[2] == 'down' else levels - 1 - i}."
+
+    key = re.sub(r"^(encoder|decoder)\.(down|up)\.(\d+)\.", level, key)
+    key = re.sub(r"\.mid\.block_(\d)", lambda m: f".mid_block.resnets.{int(m[1]) - 1}", key)
+    key = re.sub(r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1.", key)
+    for ours, theirs in {".mid.attn_1.norm.": ".mid_block.attentions.0.group_norm.", ".block.": ".resnets.",
+                         ".mid.attn_1.proj_out.": ".mid_block.attentions.0.to_out.0.", "nin_shortcut": "conv_shortcut",
+                         "downsample.": "downsamplers.0.", "upsample.": "upsamplers.0.",
+                         ".norm_out.": ".conv_norm_out."}.items():
+        key = key.replace(ours, theirs)
+    return key
+
+
+def compvis_names(both):
+    """{our name: (name in CompVis's state dict,)} of what `build` gave, with the raw weights of the UNet."""
+    names = {f"autoencoder.{key}": (f"first_stage_model.{key}",) for key in both.autoencoder.state_dict()}
+    for key, (theirs,) in unet_names(both.unet, compvis_places(both.unet), COMPVIS).items():
+        names[f"unet.{key}"] = (f"model.diffusion_model.{theirs}",)
+    if both.unet.label is not None:
+        names["unet.label.weight"] = ("cond_stage_model.embedding.weight",)
+    return names
+
+
+def ema_name(key):
+    """The averaged copy of a tensor: the name as LDM's wrapper sees it, without dots."""
+    return "model_ema." + key.removeprefix("model.").replace(".", "")
+
+
+def diffusers_names(both):
+    """{our name: (folder.name, …)} in diffusers' layout; the class embedding lies in a folder of our own choice."""
+    levels = len(both.autoencoder.config.mult)
+    names = {f"autoencoder.{key}": (f"vqvae.{diffusers_vq_name(key, levels)}",)
+             for key in both.autoencoder.state_dict()}
+    for key, theirs in unet_names(both.unet, diffusers_places(both.unet), DIFFUSERS).items():
+        names[f"unet.{key}"] = tuple(f"unet.{name}" for name in theirs)
+    if both.unet.label is not None:
+        names["unet.label.weight"] = ("class_embedder.embedding.weight",)
+    return names
+
+
+# ---- values: a file's -> ours -----------------------------------------------------------------------------
+
+
+def merge_heads(parts, heads):
+    """q, k and v apart, each (C, …), as one tensor (3 C, …) that is grouped by head first."""
+    return torch.stack([p.unflatten(0, (heads, -1)) for p in parts], 1).flatten(0, 2)
+
+
+def split_heads(qkv, heads):
+    """The inverse of `merge_heads`."""
+    return [p.flatten(0, 1) for p in qkv.unflatten(0, (heads, 3, -1)).unbind(1)]
+
+
+def heads_of(both, key):
+    return both.get_submodule(key.rpartition(".")[0].removesuffix(".qkv")).heads
+
+
+def fill(both, names, tensors, what):
+    """Give the weights of `build` memory, and the values of a file: names {our name: their names}, tensors by theirs.
+
+    Ones at the end of a shape don't count: LDM's 1x1 convolutions are our linear layers. Raises CheckpointError.
+    """
+    weights = both.state_dict()
+    missing = [name for theirs in names.values() for name in theirs if not torch.is_tensor(tensors.get(name))]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CheckpointError(f"error: {what}: {missing[0]} is missing{more}")
+    for key, theirs in names.items():
+        shape = [weights[key].shape[0] // len(theirs), *weights[key].shape[1:]]
+        for name in theirs:
+            found = list(tensors[name].shape)
+            if found != shape + [1] * (len(found) - len(shape)):
+                raise CheckpointError(f"error: {what}: {name} has the shape {found}, not {shape}")
+    weights = both.to_empty(device="cpu").state_dict()
+    for key, theirs in names.items():                         # one by one: a mapped file is never in memory as a whole
+        parts = [tensors[name].reshape(-1, *weights[key].shape[1:]) for name in theirs]
+        weights[key].copy_(parts[0] if len(parts) == 1 else merge_heads(parts, heads_of(both, key)))
+    return both.requires_grad_(False).eval()
+
+
+def refuse_surplus(tensors, known, what):
+    surplus = sorted(name for name in tensors if name not in known)
+    if surplus:
+        more = f" (and {len(surplus) - 1} more)" if len(surplus) > 1 else ""
+        raise CheckpointError(f"error: {what}: nothing is known of its {surplus[0]}{more}")
+
+
+# ---- CompVis's files --------------------------------------------------------------------------------------
+
+# Beside the weights a file holds the tables of its noise schedule, which follow from alphas_cumprod (that one is
+# checked), counters of the average, what a sampler left behind, and the loss the autoencoder was trained with.
+IGNORED = re.compile(
+    r"betas|alphas_cumprod(_prev)?|(log|sqrt)_one_minus_alphas_cumprod|sqrt_(recip_|recipm1_)?alphas_cumprod|"
+    r"posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|model_ema\.(decay|num_updates)|ddim_\w+|(first_stage_model\.)?loss\..*")
+
+
+class Inert(type):
+    """Type of the stand-ins for classes that a file names: it may make instances, which are empty, but call nothing."""
+
+    def __new__(mcs, name):
+        return super().__new__(mcs, name, (), {"__new__": lambda cls, *args: object.__new__(cls),
+                                               "__setstate__": lambda self, state: None})
+
+    def __init__(cls, name):
+        super().__init__(name, (), {})
+
+    def __call__(cls, *args, **kwargs):
+        raise pickle.UnpicklingError(f"it calls {cls.__name__}")
+
+
+def read_file(path):
+    """A file of torch.save as plain values, its tensors mapped from the disk. Nothing in it is imported or run.
+
+    Lightning's files mention classes (of callbacks), which torch rightly refuses: they become empty stand-ins here.
+    A file that calls anything but torch's own functions for tensors is refused. Raises CheckpointError.
+    """
+    try:
+        unknown = get_unsafe_globals_in_checkpoint(path)
+        with safe_globals([(Inert(name), name) for name in unknown]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as e:
+        reason = str(e.__context__ or e).splitlines()[0][:120]
+        raise CheckpointError(f"error: {path} is refused: it is more than tensors and plain values ({reason}); "
+                              f"nothing of it was run") from None
+    except Exception as e:  # a broken file fails in half a dozen ways
+        raise CheckpointError(f"error: {path} is no readable checkpoint ({str(e).splitlines()[0][:120]})") from None
+
+
+def fill_from_file(both, tensors, ema, what):
+    """The weights of a CompVis state dict: the UNet's averaged ones if wanted and there, else the raw ones."""
+    raw = compvis_names(both)
+    averaged = {key: (ema_name(name),) if key.startswith("unet.") and "label" not in key else (name,)
+                for key, (name,) in raw.items()}
+    known = {name for names in (raw, averaged) for theirs in names.values() for name in theirs}
+    refuse_surplus([name for name in tensors if not IGNORED.fullmatch(name)], known, what)
+    table = tensors.get("alphas_cumprod")
+    own = LDMDiscrete().alpha2
+    if table is not None and (table.shape != own.shape or not torch.allclose(table.double(), own, rtol=0, atol=1e-6)):
+        raise CheckpointError(f"error: {what}: its alphas_cumprod is another noise schedule than LDM's")
+    has_average = any(name.startswith("model_ema.") for name in tensors)
+    return fill(both, averaged if ema and has_average else raw, tensors, what)
+
+
+# ---- folders in diffusers' layout --------------------------------------------------------------------------
+
+WEIGHTS_FILE = "diffusion_pytorch_model"
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def safetensors():
+    """The package safetensors, or a CheckpointError that says how to get it."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise CheckpointError("error: files in diffusers' layout need the package safetensors: "
+                              "pip install safetensors") from None
+    return safetensors
+
+
+def weights_files(folder):
+    """{sub-folder: its file of weights} in diffusers' layout. Raises CheckpointError if there is none."""
+    files = {}
+    for name in ("unet", "vqvae", "class_embedder"):
+        for end in (".bin", ".safetensors"):                  # the latter if both are there
+            path = Path(folder) / name / (WEIGHTS_FILE + end)
+            files |= {name: path} if path.exists() else {}
+    if not files:
+        raise CheckpointError(f"error: {folder} is no folder in diffusers' layout: it has no unet/{WEIGHTS_FILE}"
+                              f".safetensors or .bin")
+    return files
+
+
+def read_folder(folder):
+    """All tensors of a folder in diffusers' layout, as {sub-folder.name: tensor}; old names become the present ones."""
+    tensors = {}
+    for part, path in weights_files(folder).items():
+        try:
+            values = safetensors().torch.load_file(path) if path.suffix == ".safetensors" else read_file(path)
+        except CheckpointError:
+            raise
+        except Exception as e:  # safetensors has an error type of its own, in a module that may be absent
+            raise CheckpointError(f"error: {path} is no readable checkpoint ({str(e).splitlines()[0][:120]})") from None
+        for name, value in values.items():
+            for old, new in OLD_NAMES.items():
+                name = name.replace(old, new)
+            tensors[f"{part}.{name}"] = value
+    return tensors
+
+
+def diffusers_configs(unet, autoencoder, latent_size):
+    """{sub-folder: config.json} with which diffusers builds the same networks and takes the same steps."""
+    def kinds(attending, plain):
+        return [attending if 2 ** i in unet.attention else plain for i in range(len(unet.mult))]
+
+    cross = "Cross" if unet.context_dim else ""
+    net = dict(_class_name="UNet2DModel", sample_size=latent_size, in_channels=unet.in_channels,
+               out_channels=unet.in_channels, block_out_channels=[m * unet.channels for m in unet.mult],
+               layers_per_block=unet.blocks, down_block_types=kinds(f"{cross}AttnDownBlock2D", "DownBlock2D"),
+               up_block_types=kinds(f"{cross}AttnUpBlock2D", "UpBlock2D")[::-1],
+               attention_head_dim=unet.head_channels, norm_num_groups=unet.groups, norm_eps=1e-5, act_fn="silu",
+               downsample_padding=1, flip_sin_to_cos=True, freq_shift=0)
+    if unet.context_dim:                                      # here diffusers' head_dim is the number of heads
+        net |= dict(_class_name="UNet2DConditionModel", cross_attention_dim=unet.context_dim,
+                    use_linear_projection=True, attention_head_dim=unet.heads)
+    c, levels = autoencoder, len(autoencoder.mult)
+    vq = dict(_class_name="VQModel", sample_size=latent_size * c.factor, in_channels=3, out_channels=3,
+              block_out_channels=[m * c.channels for m in c.mult], layers_per_block=c.blocks, act_fn="silu",
+              down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
+              latent_channels=c.latent, num_vq_embeddings=c.codes, norm_num_groups=32, scaling_factor=1.0)
+    steps = dict(_class_name="DDIMScheduler", num_train_timesteps=LDMDiscrete.length, beta_schedule="scaled_linear",
+                 beta_start=0.0015, beta_end=0.0195, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+                 timestep_spacing="leading", prediction_type="epsilon")
+    return dict(unet=net, vqvae=vq, scheduler=steps)
+
+
+def check_folder(folder, configs, what):
+    """Compare what no shape of a tensor tells; a setting that the file leaves out is taken on trust."""
+    for part, ours in configs.items():
+        path = Path(folder) / part / "config.json"
+        try:
+            theirs = json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as e:
+            raise CheckpointError(f"error: {path} is no readable JSON ({e})") from None
+        for key in ("_class_name", "attention_head_dim", "norm_num_groups", "norm_eps", "downsample_padding",
+                    "flip_sin_to_cos", "freq_shift"):
+            if key in ours and theirs.get(key, ours[key]) != ours[key]:
+                raise CheckpointError(f"error: {what}: {key} in {path} is {theirs[key]}, not {ours[key]}")
+
+
+HOW_TO_USE = """\
+An LDM for diffusers: `unet`, `vqvae` and `scheduler` are its UNet2DConditionModel, VQModel and DDIMScheduler.
+diffusers has no class embedder, so that is a tensor of its own: row i is the context of class i, the last row that of
+no class.
+
+    from diffusers import DDIMScheduler, UNet2DConditionModel, VQModel
+    from safetensors.torch import load_file
+    unet = UNet2DConditionModel.from_pretrained(DIR, subfolder="unet")
+    vqvae = VQModel.from_pretrained(DIR, subfolder="vqvae")
+    scheduler = DDIMScheduler.from_pretrained(DIR, subfolder="scheduler")
+    rows = load_file(DIR + "/class_embedder/diffusion_pytorch_model.safetensors")["embedding.weight"]
+    scheduler.set_timesteps(4)
+    for t in scheduler.timesteps:
+        eps = unet(z, t, rows[labels][:, None]).sample        # labels (B,); z (B, 3, 64, 64), at first noise
+        z = scheduler.step(eps, t, z).prev_sample
+    images = vqvae.decode(z).sample
+"""
+
+
+def export(net, state, folder):
+    """Write a model in diffusers' layout: unet, vqvae, scheduler. The folder is there as a whole or not at all.
+
+    Raises CheckpointError for models that diffusers has no match for, and if the folder is in use.
+    """
+    if "ldm" not in state:
+        raise CheckpointError("error: only LDM's models can be exported: diffusers has no match for our noise schedule")
+    folder, package = Path(folder), safetensors()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"error: {folder} exists; choose another --export")
+    both = nn.ModuleDict(dict(unet=net, autoencoder=autoencoder_of(state)))
+    weights, parts = both.state_dict(), {}
+    for key, theirs in diffusers_names(both).items():
+        values = split_heads(weights[key], heads_of(both, key)) if len(theirs) > 1 else [weights[key]]
+        for name, value in zip(theirs, values, strict=True):
+            part, _, name = name.partition(".")
+            parts.setdefault(part, {})[name] = value.cpu().contiguous()
+    configs = diffusers_configs(net.config, both.autoencoder.config, state["shape"][1])
+    tmp = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        for part, config in configs.items():
+            name = "scheduler_config.json" if part == "scheduler" else "config.json"
+            (tmp / part).mkdir(parents=True)
+            (tmp / part / name).write_text(json.dumps(config, indent=2))
+        for part, tensors in parts.items():
+            (tmp / part).mkdir(exist_ok=True)
+            package.torch.save_file(tensors, tmp / part / f"{WEIGHTS_FILE}.safetensors", {"format": "pt"})
+        if "class_embedder" in parts:                         # diffusers has no pipeline for these
+            (tmp / "README.md").write_text(HOW_TO_USE)
+        else:
+            index = {part: ["diffusers", config["_class_name"]] for part, config in configs.items()}
+            (tmp / "model_index.json").write_text(json.dumps({"_class_name": "LDMPipeline"} | index, indent=2))
+        if folder.exists():
+            folder.rmdir()
+        os.replace(tmp, folder)
+    except (OSError, package.SafetensorError) as e:
+        raise CheckpointError(f"error: can't write {folder} ({getattr(e, 'strerror', None) or e})") from None
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+# ---- any checkpoint -----------------------------------------------------------------------------------------
+
+
+def load_model(path, device="cpu", ema=True, name=None, size=None):
+    """The network of any checkpoint, ready to sample, and its state: `model.load_model`, and LDM's own files too.
+
+    path   a checkpoint of ours, a model.ckpt of CompVis's, or a folder in diffusers' layout
+    ema    the averaged weights where there are any; False: the weights themselves
+    name   which of MODELS it is: needed for files that are not ours; those know it
+    size   side of the images in pixels, for an unconditional model's file that is to draw others than it was made for
+
+    The state of an LDM has its name as `ldm`, and the `autoencoder`'s tensors. Raises CheckpointError.
+    """
+    if name and not Path(path).exists():
+        raise CheckpointError(f"error: no file or folder of LDM's at {path}")
+    if not _is_foreign(Path(path)):
+        net, state = load_own(path, device, ema)
+        known = state.get("ldm")
+        if name not in (None, known) or known not in (None, *MODELS):
+            is_a = f"LDM's {known}" if known else "a model of train.py"
+            raise CheckpointError(f"error: {path} is {is_a}, not {name or 'one of ' + ', '.join(MODELS)}")
+        if size not in (None, image_size(state)):
+            raise CheckpointError(f"error: {path} draws images of {image_size(state)} pixels, not {size}")
+        return net, state
+    if name is None:
+        raise CheckpointError(f"error: {path} is in the layout of LDM's files: say which model it is, with --ldm")
+    return _load_foreign(Path(path), device, ema, name, size or MODELS[name].size)
+
+
+def _is_foreign(path):
+    """Is this file or folder of another layout than `model.save_checkpoint`'s?"""
+    if not path.is_file():
+        return path.is_dir()
+    state = read_file(path)
+    return isinstance(state, dict) and isinstance(state.get("state_dict"), dict)
+
+
+def _load_foreign(path, device, ema, name, size):
+    both, c = build(name), MODELS[name]
+    step = c.autoencoder.factor * 2 ** (len(c.unet.mult) - 1)
+    if size != c.size and c.unet.classes:
+        raise CheckpointError(f"error: --size {size}: {name} draws {c.size} pixels and nothing else")
+    if size < step or size % step:
+        raise CheckpointError(f"error: --size {size} must be a multiple of {step} for {name}")
+    what = f"{path} is not LDM's {name}"
+    if path.is_dir():
+        names, tensors = diffusers_names(both), read_folder(path)
+        check_folder(path, diffusers_configs(c.unet, c.autoencoder, size // c.autoencoder.factor), what)
+        refuse_surplus(tensors, {n for theirs in names.values() for n in theirs}, what)
+        fill(both, names, tensors, what)
+    else:
+        fill_from_file(both, read_file(path)["state_dict"], ema, what)
+    side = size // c.autoencoder.factor
+    state = dict(config=config_dict(c.unet), schedule="ldm", predicts="eps", shape=[c.autoencoder.latent, side, side],
+                 classes=[], ldm=name, autoencoder=both.autoencoder.state_dict(), history=[dict(how=f"LDM's {name}")])
+    return both.unet.to(device, memory_format=memory_format(device)), state
+
+
+def ldm_flag(p):
+    """`--ldm`, for every script that takes one of LDM's models."""
+    p.add_argument("--ldm", choices=MODELS,
+                   help="--ckpt is this one of LDM's models: its file, a folder in diffusers' layout, or one of ours")
+
+
+def model_hash(path):
+    """Which model an image or a score came from: the hash of its file, or of a folder's files."""
+    if Path(path).is_dir():
+        return "+".join(file_hash(f) for f in weights_files(path).values())
+    return file_hash(path)
+
+
+# ---- a data set as latents ------------------------------------------------------------------------------------
+
+AT_A_TIME = 8    # images that are encoded together
+
+
+class Latents(Images):
+    """A packed data set as an LDM's autoencoder sees it: `batch` gives latents (B, C, h, w) and labels.
+
+    Encoded once, each image and its mirror image, into a memory-mapped file beside the pixels, in half precision (which
+    rounds by 5e-4 of a value): 49 KB for a 256x256 image. The file's name holds a hash of the autoencoder. Encoding
+    goes on where it was interrupted. Raises DataError.
+    """
+
+    def __init__(self, images, state, device, dtype):
+        super().__init__(images.folder)
+        digest = hashlib.sha256(dtype.encode())
+        for _, value in sorted(state["autoencoder"].items()):
+            digest.update(value.numpy().tobytes())
+        path = self.folder / f"latents-{digest.hexdigest()[:12]}.f16"
+        shape = (len(self), 2, *state["shape"])
+        if not path.exists():
+            with locked(self.folder):
+                if not path.exists():                         # another run may just have made it
+                    self._encode(autoencoder_of(state, device), path, shape, device, dtype)
+        self.latents = np.memmap(path, np.float16, "r", shape=shape)
+
+    def read(self, index, mirrored):
+        """Latents number `index` (B,) as (B, C, h, w) float32; those in the mask `mirrored` of the mirrored image."""
+        return torch.from_numpy(self.latents[index, mirrored.astype(int)]).float()
+
+    def _encode(self, net, path, shape, device, dtype):
+        part, one = path.with_suffix(".part"), 2 * int(np.prod(shape[1:]))     # bytes of an image and its mirror image
+        try:
+            with (open(part, "ab") as f, torch.no_grad(), autocast(device, dtype)):
+                done = f.tell() // one
+                f.truncate(done * one)                        # what was cut off in the middle is encoded again
+                check_space(self.folder, (shape[0] - done) * one, "encoding the data")
+                with tqdm(total=shape[0], initial=done, desc="encoding", unit="img", dynamic_ncols=True) as bar:
+                    for start in range(done, shape[0], AT_A_TIME):
+                        index = np.arange(start, min(start + AT_A_TIME, shape[0]))
+                        pairs = [net.encode(super(Latents, self).read(index, np.full(len(index), mirrored)).to(device))
+                                 for mirrored in (False, True)]
+                        f.write(torch.stack(pairs, 1).half().cpu().numpy().tobytes())
+                        bar.update(len(index))
+            os.replace(part, path)
+        except OSError as e:
+            raise DataError(f"error: can't write {path} ({e.strerror or e}); --cache names another folder") from None
+        except KeyboardInterrupt:
+            raise DataError("stopped encoding the data; the same command goes on from there") from None
