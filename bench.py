@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import distill
-from ldm import MODELS
+from ldm import DIFFUSION, MODELS
 from model import CONFIGS, UNet, UNetConfig, param_count, pick_device, pick_dtype
 
 # What one update needs: evaluations, of which one with a backward pass, and copies of the weights beside the student's
@@ -47,8 +47,8 @@ class Method:
                               checkpointing=args.checkpointing, ema_device=args.ema_device,
                               dtype=pick_dtype(args.dtype, device))
         torch.manual_seed(0)
-        about = dict(schedule="cosine", predicts="v") if args.model in CONFIGS else dict(schedule="ldm", predicts="eps")
-        about["shape"] = [3, args.size, args.size]
+        diffusion = dict(schedule="cosine", predicts="v") if args.model in CONFIGS else DIFFUSION
+        about = diffusion | dict(shape=[3, args.size, args.size])
         images = torch.rand(args.batch, *about["shape"], device=device) * 2 - 1
         labels = torch.zeros(args.batch, dtype=torch.long, device=device)
         self.run, self.updates = distill.setup(

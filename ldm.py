@@ -185,6 +185,7 @@ MODELS = {
     "imagenet256": Model(UNetConfig(channels=192, mult=(1, 2, 3, 5), blocks=2, attention=(2, 4, 8), head_channels=0,
                                     heads=1, classes=1000, context_dim=512)),
 }
+DIFFUSION = dict(schedule="ldm", predicts="eps")    # of all three, as a checkpoint's state has it
 
 
 def build(name):
@@ -338,8 +339,7 @@ def fill(both, names, tensors, what):
     weights = both.state_dict()
     missing = [name for theirs in names.values() for name in theirs if not torch.is_tensor(tensors.get(name))]
     if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CheckpointError(f"error: {what}: {missing[0]} is missing{more}")
+        raise CheckpointError(f"error: {what}: {missing[0]} is missing{and_more(missing)}")
     for key, theirs in names.items():
         shape = [weights[key].shape[0] // len(theirs), *weights[key].shape[1:]]
         for name in theirs:
@@ -356,8 +356,12 @@ def fill(both, names, tensors, what):
 def refuse_surplus(tensors, known, what):
     surplus = sorted(name for name in tensors if name not in known)
     if surplus:
-        more = f" (and {len(surplus) - 1} more)" if len(surplus) > 1 else ""
-        raise CheckpointError(f"error: {what}: nothing is known of its {surplus[0]}{more}")
+        raise CheckpointError(f"error: {what}: nothing is known of its {surplus[0]}{and_more(surplus)}")
+
+
+def and_more(names):
+    """The end of a message that has named the first of them."""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 # ---- CompVis's files --------------------------------------------------------------------------------------
@@ -616,8 +620,8 @@ def _load_foreign(path, device, ema, name, size):
     else:
         fill_from_file(both, read_file(path)["state_dict"], ema, what)
     side = size // c.autoencoder.factor
-    state = dict(config=config_dict(c.unet), schedule="ldm", predicts="eps", shape=[c.autoencoder.latent, side, side],
-                 classes=[], ldm=name, autoencoder=both.autoencoder.state_dict(), history=[dict(how=f"LDM's {name}")])
+    state = DIFFUSION | dict(config=config_dict(c.unet), shape=[c.autoencoder.latent, side, side], classes=[], ldm=name,
+                             autoencoder=both.autoencoder.state_dict(), history=[dict(how=f"LDM's {name}")])
     return both.unet.to(device, memory_format=memory_format(device)), state
 
 
