@@ -15,6 +15,7 @@ import io
 import json
 import os
 import shutil
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -342,7 +343,7 @@ def load_data(path=None, size=32, crop=None, cache=None):
                     path=str(path and Path(path).expanduser().resolve()))
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(cache or default_cache()).expanduser() / f"{source.name}-{size}-{key}"
-    if not (folder / "meta.json").exists():
+    if not made(folder / "meta.json"):
         try:
             _pack(source, folder, size, crop)
         except OSError as e:
@@ -377,6 +378,13 @@ def _pack(source, folder, size, crop):
                 journal.append(entry)
                 bar.update(entry["seen"])
         _finish(source, folder, journal, size, crop)
+
+
+def made(path):
+    """Whether a file of the cache is there. Of torchrun's processes on a machine the first makes it, others wait."""
+    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():
+        time.sleep(0.1)
+    return path.exists()
 
 
 @contextlib.contextmanager
@@ -477,15 +485,16 @@ class Images:
     def __len__(self):
         return len(self.pixels)
 
-    def batch(self, step, size, seed, flip=True):
+    def batch(self, step, size, seed, flip=True, share=(0, 1)):
         """Batch number `step`: images (size, 3, H, W) in [-1, 1], labels (size,); half of the images mirrored.
 
-        Every epoch is a fresh permutation. The batch depends on the arguments alone, so a resumed run
-        sees exactly what it would have seen. Raises nothing; batches run across the end of an epoch.
+        share (r, n): only part r of the batch's n equal parts. Every epoch is a fresh permutation. The batch depends
+        on the arguments alone, so a resumed run sees exactly what it would have seen, and n processes together see
+        what one would. Raises nothing; batches run across the end of an epoch.
         """
-        n = len(self)
-        index = np.array([self._epoch(k // n, seed)[k % n] for k in range(step * size, (step + 1) * size)])
-        mirrored = np.random.default_rng([seed, 1, step]).random(size) < 0.5 * flip
+        part, n = slice(share[0] * size // share[1], (share[0] + 1) * size // share[1]), len(self)
+        index = np.array([self._epoch(k // n, seed)[k % n] for k in range(step * size, (step + 1) * size)[part]])
+        mirrored = np.random.default_rng([seed, 1, step]).random(size)[part] < 0.5 * flip
         return self.read(index, mirrored), torch.from_numpy(self.labels[index]).long()
 
     def read(self, index, mirrored):

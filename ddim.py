@@ -12,6 +12,7 @@ Notation, the same in every file (the paper's, section 3):
 """
 
 import math
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -50,6 +51,11 @@ class Schedule:
             raise ValueError(f"steps must be at least 1, got {steps}")
         return [i / steps for i in range(steps, -1, -1)]
 
+    @cache  # noqa: B019 (a schedule lives as long as its run, which asks for a handful of grids)
+    def grid(self, steps, device):
+        """`times` as a float32 tensor (N + 1,) on a device, copied there once: a GPU waits for each such copy."""
+        return torch.tensor(self.times(steps), device=device)
+
 
 class Cosine(Schedule):
     """α_t = cos(π t / 2): the continuous schedule of our own v-prediction models (Salimans & Ho 2022)."""
@@ -77,9 +83,14 @@ class LDMDiscrete(Schedule):
         # The original keeps this table in float32, and its samples depend on those digits.
         self.alpha2 = torch.from_numpy(np.cumprod(1 - betas).astype(np.float32).astype(np.float64))
 
+    @cache  # noqa: B019 (as `grid`)
+    def table(self, device):
+        """α_t² of every step on a device, copied there once."""
+        return self.alpha2.to(device)
+
     def alpha(self, t):
         index = (self.length * t).round().long().clamp(0, self.length - 1)
-        return self.alpha2.to(t.device)[index].sqrt()
+        return self.table(t.device)[index].sqrt()
 
     def times(self, steps):
         """LDM's own rule where N divides 1000 (steps 1, 1 + c, 1 + 2c … with c = 1000 / N), else t_i = i / N.
@@ -157,8 +168,7 @@ class Denoiser:
             return self.net(z, t, y)
         if self.null is None:
             raise ValueError("guidance needs a model with a null class")
-        t = torch.as_tensor(t, device=z.device)
-        tt, yy = torch.cat([t, t]) if t.ndim else t, torch.cat([torch.full_like(y, self.null), y])
+        tt, yy = torch.cat([t, t]) if torch.is_tensor(t) else t, torch.cat([torch.full_like(y, self.null), y])
         without, with_class = self.net(torch.cat([z, z]), tt, yy).chunk(2)
         return without + w * (with_class - without)
 

@@ -5,6 +5,7 @@
     python distill.py --schedule pd --data celeba.zip          # progressive distillation: the one that reads data
     python distill.py --ldm celebahq256 --ckpt model.ckpt --schedule dsdn      # LDM's models: see ldm.py
     python distill.py --schedule dsdgl --dry-run               # the plan as a table, and Figure 4; distils nothing
+    torchrun --nproc_per_node=8 distill.py --schedule dsdi     # eight GPUs
     python distill.py --resume --out out/dsdi                  # go on where a run stopped, in mid-trajectory
 
 A run leaves OUT/ckpt.pt (for sample.py, fid.py, and as --ckpt for another run), OUT/log.jsonl and
@@ -19,12 +20,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from data import load_data, save_grid
 from ddim import WEIGHTS, Denoiser, ddim_step, ddim_target
 from ldm import MODELS, Latents, image_size, ldm_flag, load_model, model_hash
-from model import memory_format, param_count, pick_device, pick_dtype
+from model import (
+    from_all,
+    from_first,
+    launch,
+    memory_format,
+    mine,
+    param_count,
+    pick_device,
+    pick_dtype,
+    progress,
+    rank,
+    where,
+)
 from sample import Sampler
 from train import (
     Run,
@@ -134,84 +146,99 @@ class Trajectories:
 
     With `stagger` its trajectories stand at evenly spread places, so that every update sees all noise
     levels, and one that arrives restarts from noise. Otherwise (the paper) all stand at the same t.
+
+    run  whose `draw` gives the noise, and which says where and how many: each rank holds its own rows
     """
 
-    def __init__(self, shape, batch, device, classes=0, guidance=(1.0, 3.0), stagger=False):
-        self.classes, self.guidance, self.stagger = classes, guidance, stagger
-        self.z = torch.zeros(batch, *shape, device=device).contiguous(memory_format=memory_format(device))
-        self.y = torch.zeros(batch, dtype=torch.long, device=device)
-        self.w = torch.ones(batch, 1, 1, 1, device=device)
+    def __init__(self, run, guidance=(1.0, 3.0), stagger=False):
+        self.run, self.classes, self.guidance = run, run.net.config.classes, guidance
+        shape, device = run.about["shape"], run.device
+        # Where the trajectories stand is known beforehand: on the CPU to decide by, on the device to compute with.
+        index = torch.arange(run.args.batch) * stagger
+        self.index = {d: mine(index).to(d) for d in {torch.device("cpu"), device}}
+        count = len(self.index[device])
+        self.z = torch.zeros(count, *shape, device=device).contiguous(memory_format=memory_format(device))
+        self.y = torch.zeros(count, dtype=torch.long, device=device)
+        self.w = torch.ones(count, 1, 1, 1, device=device)
         self.ends = torch.zeros_like(self.z)                  # where each trajectory arrived last
-        self.arrived = torch.zeros(batch, dtype=torch.bool)
+        self.arrived = torch.zeros(count, dtype=torch.bool, device=device)
 
-    def state_dict(self):
+    def _state(self):
         return dict(z=self.z, y=self.y, w=self.w, ends=self.ends, arrived=self.arrived)
 
-    def load_state_dict(self, state):
-        for name, value in self.state_dict().items():
-            value.copy_(state[name])
+    def state_dict(self):
+        """The trajectories of all ranks."""
+        return {name: from_all(value) for name, value in self._state().items()}
 
-    def pairs(self, depth, u):
+    def load_state_dict(self, state):
+        for name, value in self._state().items():
+            value.copy_(mine(state[name]))
+
+    def pairs(self, depth, u, device="cpu"):
         """Which pair of steps, 0 … N_i / 2 − 1 from noise to data, each trajectory makes in update u of a depth."""
-        offset = torch.arange(len(self.z)) * (depth // 2) // len(self.z) if self.stagger else 0
-        return (torch.zeros(len(self.z), dtype=torch.long) + offset + u) % (depth // 2)
+        return (self.index[torch.device(device)] * (depth // 2) // self.run.args.batch + u) % (depth // 2)
 
     def cond(self):
         return dict(y=self.y, w=self.w) if self.classes else {}
 
     def start(self, which):
         """New noise, class and guidance weight for the trajectories in the mask `which`: one w for all of them."""
-        if which.any():
-            z, n = self.z, int(which.sum())
-            z[which] = torch.randn(n, *z.shape[1:], dtype=z.dtype, device=z.device)
-            if self.classes:
-                low, high = self.guidance
-                self.y[which] = torch.randint(self.classes, (n,), device=z.device)
-                self.w[which] = low + (high - low) * torch.rand(1, 1, 1, 1, dtype=z.dtype, device=z.device)
+        draw, each = self.run.draw, which[:, None, None, None]
+        self.z = torch.where(each, draw(torch.randn, *self.z.shape[1:]).to(memory_format=memory_format(self.z.device)),
+                             self.z)
+        if self.classes:
+            self.y = torch.where(which, draw(lambda n, **kw: torch.randint(self.classes, (n,), **kw)), self.y)
+            self.w = torch.where(each, weight_for_all(self.run, self.guidance), self.w)
 
     def batch(self, xhat, depth, u):
         """z_t, the times t, t', t'' (each (B,)) and the condition of update u of a depth."""
-        times = torch.tensor(xhat.schedule.times(depth))
-        now = self.pairs(depth, u)
+        times, now = xhat.schedule.grid(depth, self.z.device), self.pairs(depth, u, self.z.device)
         if u == 0:
             self.start(torch.ones_like(now, dtype=torch.bool))
-            self._spread(xhat, times, now)
-        else:
+            self._spread(xhat, depth)
+        elif (self.pairs(depth, u) == 0).any():
             self.start(now == 0)
-        return self.z, [times[2 * now + i].to(self.z.device) for i in range(3)], self.cond()
+        return self.z, [times[2 * now + i] for i in range(3)], self.cond()
 
     @torch.no_grad()
-    def _spread(self, xhat, times, now):
-        """Walk fresh noise to the places `now` of a staggered batch: one evaluation for each step of two."""
+    def _spread(self, xhat, depth):
+        """Walk fresh noise to the places of a staggered batch: one evaluation for each step of two."""
+        times, now = xhat.schedule.times(depth), self.pairs(depth, 0)
         for k in range(int(now.max())):
-            go = (now > k).to(self.z.device)
-            cond = {name: value[go] for name, value in self.cond().items()}
-            z = self.z[go]
-            self.z[go] = ddim_step(xhat.schedule, z, xhat(z, times[2 * k], **cond), times[2 * k], times[2 * k + 2])
+            first = int((now <= k).sum())                     # places rise along the batch: the rest of it goes on
+            z, t, t1 = self.z[first:], times[2 * k], times[2 * k + 2]
+            x = xhat(z, t, **{name: value[first:] for name, value in self.cond().items()})
+            self.z = torch.cat([self.z[:first], ddim_step(xhat.schedule, z, x, t, t1)])
 
     def advance(self, z2, depth, u):
         self.z = z2
-        there = self.pairs(depth, u) == depth // 2 - 1
-        if there.any():
-            self.ends = torch.where(there.to(z2.device)[:, None, None, None], z2, self.ends)
-            self.arrived |= there
+        if (self.pairs(depth, u) == depth // 2 - 1).any():
+            there = self.pairs(depth, u, z2.device) == depth // 2 - 1
+            self.ends = torch.where(there[:, None, None, None], z2, self.ends)
+            self.arrived = self.arrived | there
+
+
+def weight_for_all(run, guidance):
+    """One guidance weight w ~ U[low, high] for the whole batch, as (1, 1, 1, 1)."""
+    low, high = guidance
+    return low + (high - low) * torch.rand(1, 1, 1, 1, generator=run.random, device=run.device)
 
 
 class DataPairs:
     """z_t of Algorithm 1: data with noise, at a random t of the student's grid of N_i / 2 steps."""
 
-    def __init__(self, stream, classes=0, guidance=(1.0, 3.0)):
-        self.stream, self.classes, self.guidance = stream, classes, guidance
+    def __init__(self, run, stream, guidance=(1.0, 3.0)):
+        self.run, self.stream, self.classes, self.guidance = run, stream, run.net.config.classes, guidance
 
     def batch(self, xhat, depth, u):
-        x, y = next(self.stream)
-        times = torch.tensor(xhat.schedule.times(depth), device=x.device)
-        now = torch.randint(depth // 2, (len(x),), device=x.device)
+        (x, y), draw = next(self.stream), self.run.draw
+        times = xhat.schedule.grid(depth, x.device)
+        now = draw(lambda n, **kw: torch.randint(depth // 2, (n,), **kw))
         t, t1, t2 = (times[2 * now + i] for i in range(3))
         a, s = xhat.schedule(t)
-        low, high = self.guidance
-        w = (low + (high - low) * torch.rand(1, 1, 1, 1, device=x.device)).expand(len(x), 1, 1, 1)
-        return a * x + s * torch.randn_like(x), [t, t1, t2], dict(y=y, w=w) if self.classes else {}
+        z = a * x + s * draw(torch.randn, *x.shape[1:])
+        w = weight_for_all(self.run, self.guidance).expand(len(x), 1, 1, 1) if self.classes else None
+        return z, [t, t1, t2], dict(y=y, w=w) if self.classes else {}
 
     def advance(self, z2, depth, u):
         pass
@@ -223,19 +250,19 @@ class Updates:
     def __init__(self, run, plan, source):
         a, self.run, self.plan, self.source = run.args, run, plan, source
         self.options = dict(target=a.target, weight=a.weight)
-        self.xhat = self.second = Denoiser.of(run.model, run.about)
+        self.xhat = self.second = run.denoiser(run.model)
         self.first = None
         if SCHEDULES[a.schedule].teacher:
             self.first = self.second = self._copy("teacher")
         elif a.target_ema and a.target_ema == a.ema and a.ema_device == "same":
-            self.second = Denoiser.of(run.ema, run.about)     # the average for sampling is the very same: no copy
+            self.second = run.denoiser(run.compiled(run.ema))  # the average for sampling is the very same: no copy
         elif a.target_ema:
             self.second = self._copy("target")
 
     def _copy(self, name):
         """A second set of weights, part of the run's state."""
         self.run.parts[name] = copy.deepcopy(self.run.ema).to(self.run.device)
-        return Denoiser.of(self.run.parts[name], self.run.about)
+        return self.run.denoiser(self.run.compiled(self.run.parts[name]))
 
     def __call__(self, step):
         (depth, u), parts, net = place(self.plan, step), self.run.parts, self.run.net
@@ -243,25 +270,29 @@ class Updates:
             follow(parts["teacher"], net, 0.0)                # η ← θ: the student becomes the teacher
         if "target" in parts and step:
             follow(parts["target"], net, self.run.args.target_ema)
-        z, times, cond = self.source.batch(self.xhat, depth, u)
-        loss, z2 = distillation_loss(self.xhat, z, times, self.second, self.first, **self.options, **cond)
-        self.source.advance(z2, depth, u)
-        return loss, {}
+        batch, times, cond = self.source.batch(self.xhat, depth, u)
+        ends = []
+        for z, t, t1, t2, y, w in self.run.split(batch, *times, cond.get("y"), cond.get("w")):
+            cond = {} if y is None else dict(y=y, w=w)
+            loss, z2 = distillation_loss(self.xhat, z, (t, t1, t2), self.second, self.first, **self.options, **cond)
+            ends.append(z2)
+            if len(ends) == self.run.args.accumulate:         # before the last loss: nobody asks for one more
+                self.source.advance(torch.cat(ends), depth, u)
+            yield loss, {}
 
 
 def setup(args, net, device, about, stream=None):
     """The Run of a network and its Updates, for `train.fit` or a loop of one's own.
 
     args    as parse_args gives them;  about  as `Run` wants it
-    stream  yields (x, y) on the device, for the methods that read data
+    stream  yields (x, y) on the device, for the methods that read data: this rank's rows
     """
     run = Run(args, net.requires_grad_(True), device, about, young=False)
-    steps, classes = plan(args.schedule, args.steps, args.updates), net.config.classes
+    steps = plan(args.schedule, args.steps, args.updates)
     if SCHEDULES[args.schedule].data:
-        source = DataPairs(stream, classes, args.guidance)
+        source = DataPairs(run, stream, args.guidance)
     else:
-        source = run.parts["trajectories"] = Trajectories(
-            about["shape"], args.batch, device, classes, args.guidance, args.stagger)
+        source = run.parts["trajectories"] = Trajectories(run, args.guidance, args.stagger)
     return run, Updates(run, steps, source)
 
 
@@ -271,8 +302,10 @@ SHOWN = 2, 4, 8, 64        # step counts of the pictures, and of the scores exce
 
 
 def show(sampler, n=10):
-    """n samples at each of SHOWN, from the same noise, not decoded: (rows, n, C, H, W) float32 on the CPU."""
-    with tqdm(total=sum(SHOWN), desc="sampling", unit="step", leave=False, dynamic_ncols=True) as bar:
+    """n samples at each of SHOWN, from the same noise, not decoded: (rows, n, C, H, W) float32 on the CPU of rank 0."""
+    if rank():
+        return None
+    with progress(total=sum(SHOWN), desc="sampling", unit="step", leave=False) as bar:
         return torch.stack([sampler.draw(range(n), s, bar).float().cpu().contiguous() for s in SHOWN])
 
 
@@ -284,6 +317,8 @@ def sampler_of(run, net):
 
 def compare_picture(run):
     """Before and after under each other for each step count, each column from one noise; the EMA is what is shown."""
+    if rank():
+        return
     sampler = sampler_of(run, run.average())
     before, after = run.about["before"], show(sampler)
     labels = [f"{s} {when}" for s in SHOWN for when in ("before", "after")]
@@ -309,7 +344,8 @@ class Watch:
 
     def __call__(self):
         depth, _ = place(self.plan, self.run.step - 1)
-        arrived = self.trajectories.ends[self.trajectories.arrived.to(self.run.device)]
+        state = self.trajectories.state_dict()                # of all ranks: they must come to the same decision
+        arrived = state["ends"][state["arrived"]]
         if not len(arrived):
             return dict(depth=depth)
         now, was, f = moments(arrived.float()), self.was, self.run.args.drift
@@ -501,7 +537,7 @@ def main(argv=None):
         stream = batches(read, args, state["step"] if state else 0, device)
     torch.manual_seed(args.seed)
     run, updates = setup(args, net, device, about, stream)
-    about["before"] = source["before"].cpu() if state else show(sampler_of(run, run.ema))
+    about["before"] = source["before"].cpu() if state else from_first(show(sampler_of(run, run.ema)))
     watch = None if SCHEDULES[args.schedule].data else Watch(run, updates.plan, updates.source)
     hooks = [(args.sample_every or args.updates, compare_picture)]
     if args.fid_every:
@@ -510,7 +546,7 @@ def main(argv=None):
         run.load(state)
     claim_out(args, state)
     print(f"{args.schedule}: {param_count(net) / 1e6:.2f} M parameters, {args.updates:,} updates of {args.batch} on "
-          f"{device} in {args.dtype}, from {args.steps} steps, lr {args.lr:g} to {args.lr_end:g}")
+          f"{where(device)} in {args.dtype}, from {args.steps} steps, lr {args.lr:g} to {args.lr_end:g}")
     fit(run, updates, hooks, watch)
     scores = f"--ldm {args.ldm} --data IMAGES " if args.ldm else ""
     print(f"done: {run.ckpt} and {run.out}/samples-{run.step:06d}.png; "
@@ -537,4 +573,4 @@ def check_labels(args, net, images):
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -5,6 +5,7 @@
     python fid.py --ckpt out/train/ckpt.pt --data celeba.zip --steps 2 4 8 64 -n 30000    # a row of Table 1
     python fid.py --ckpt out/dsdi/ckpt.pt out/tsd/ckpt.pt --data celeba.zip               # Table 2
     python fid.py --ldm imagenet256 --ckpt out/dsdn/ckpt.pt --data imagenet/ --guidance 2 # LDM's models: see ldm.py
+    torchrun --nproc_per_node=8 fid.py --ckpt out/dsdi/ckpt.pt --data celeba.zip          # the same numbers, sooner
     python fid.py --ckpt out/train/ckpt.pt --weights random -n 2048 # no download: "rFID", on the built-in pictures
 
 The features are those of the 2015 Inception network as pytorch-fid uses it: the same weights, resized the
@@ -26,7 +27,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +37,10 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from data import DataError, default_cache, load_data, open_source, to_pixels
+from data import DataError, default_cache, load_data, made, open_source, to_pixels
 from ddim import Denoiser
 from ldm import image_size, ldm_flag, load_model, model_hash
-from model import autocast, file_hash, pick_device, pick_dtype
+from model import autocast, file_hash, from_first, in_turn, launch, pick_device, pick_dtype, progress, rank, ranks
 from sample import Sampler, pick_classes
 
 # ---- the Inception network ---------------------------------------------------------------------------
@@ -270,7 +271,7 @@ HOW_TO_GET = (f"The file is {FILE} ({BYTES / 1e6:.0f} MB) from {URL}; put it the
 def fetch_weights():
     """The released file in the cache folder, downloaded if it is not there, and whole or not at all. Exits offline."""
     path, damaged = default_cache() / FILE, ""
-    if path.exists():
+    if made(path):
         if file_hash(path, digits=64) == SHA256:
             return path
         damaged = f"{path} is damaged, and "
@@ -416,20 +417,35 @@ class Statistics:
 
 
 def gather(batches, total, features, card, desc, shuffle=False):
-    """Statistics of a stream of image batches (see `Features.__call__`), with a progress bar."""
+    """Statistics of a stream of images, with a progress bar: on rank 0; None on the others.
+
+    batches  functions that return a batch each, as `Features.__call__` takes it. The ranks call them in turn, but all
+             results are added up on rank 0 in the order of the stream: the scores are those of a single process
+    """
     moments, scores, kept = Moments(), SplitScores(total, shuffle=shuffle), Reservoir()
     sizes, values = set(), np.zeros(3)                        # values: count, sum and sum of squares of the pixels
-    with tqdm(total=total, desc=desc, unit="img", dynamic_ncols=True) as bar:
-        for images in batches:
-            sizes |= {f"{i.shape[1]}x{i.shape[0]}" for i in images}
-            for x in (np.asarray(i) / 127.5 - 1 for i in images):
-                values += x.size, x.sum(), np.square(x).sum()
-            feats, logits = features(images)
+
+    def work(batch):
+        images = batch()
+        pixels = [np.asarray(i) / 127.5 - 1 for i in images]
+        parts = features(images)
+        return ({f"{i.shape[1]}x{i.shape[0]}" for i in images},
+                np.array([(x.size, x.sum(), np.square(x).sum()) for x in pixels]),
+                *(x.cpu() if ranks() > 1 else x for x in parts))
+
+    with progress(total=total, desc=desc, unit="img") as bar:
+        for size, value, feats, logits in in_turn(batches, work):
+            sizes |= size
+            for row in value:
+                values += row
+            feats, logits = feats.to(features.device), logits.to(features.device)
             if not feats.isfinite().all():
                 sys.exit(f"error: {desc}: features are not finite; the images, or the weights, are not usable")
             for part, value in ((moments, feats), (scores, logits), (kept, feats)):
                 part.update(value)
-            bar.update(len(images))
+            bar.update(len(feats))
+    if rank():
+        return None
     if moments.n < 2:
         sys.exit(f"error: {desc}: a covariance needs at least two images")
     contrast = (values[2] / values[0] - (values[1] / values[0]) ** 2) ** 0.5
@@ -489,7 +505,7 @@ def kid(x, y, subsets=100, size=1000):
         return mmd2(x, y), 0.0                                # all subsets are the whole
     rng = np.random.RandomState(2020)
     values = [mmd2(x[rng.choice(len(x), size, replace=False)], y[rng.choice(len(y), size, replace=False)])
-              for _ in tqdm(range(subsets), desc="KID", unit="subset", leave=False, dynamic_ncols=True)]
+              for _ in progress(iterable=range(subsets), desc="KID", unit="subset", leave=False)]
     return float(np.mean(values)), float(np.std(values))
 
 
@@ -556,15 +572,16 @@ def statistics_of(path, features, size=None, crop=None, batch=64, shuffle=False)
 
 
 def packed_statistics(images, features, batch=64):
-    """Statistics of a packed data set (data.Images), kept beside it: the reference is computed once."""
+    """Statistics of a packed data set (data.Images), kept beside it: the reference is computed once. On rank 0."""
     path = images.folder / f"statistics-{VERSION}-{features.id[-12:]}.npz"
-    if path.exists():
-        return Statistics.load(path)
+    if from_first(path.exists()):
+        return None if rank() else Statistics.load(path)
     card = dict(source=images.folder.name, prepared=images.about)
-    batches = (images.pixels[i:i + batch] for i in range(0, len(images), batch))
+    batches = (lambda i=i: images.pixels[i:i + batch] for i in range(0, len(images), batch))
     stats = gather(batches, len(images), features, card, f"reference, {images.folder.name}")
     try:
-        stats.save(path)
+        if stats:
+            stats.save(path)
     except OSError as e:
         raise DataError(f"error: can't write {path} ({e.strerror or e})") from None
     return stats
@@ -579,7 +596,7 @@ def _npz_names(path):
 
 
 def _npz_images(path, batch):
-    """Count and batches of the images (N, H, W, 3) uint8 in an npz, read piece by piece."""
+    """Count and batches (see `gather`) of the images (N, H, W, 3) uint8 in an npz, read piece by piece."""
     names = [n for n in _npz_names(path) if n.endswith(".npy")]
     name = "arr_0.npy" if "arr_0.npy" in names else (names or [""])[0]
     try:
@@ -602,13 +619,16 @@ def _npz_images(path, batch):
                     pixels = np.frombuffer(f.read(count * math.prod(shape[1:])), np.uint8).reshape(count, *shape[1:])
                 except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as e:
                     raise DataError(f"error: {path} is damaged after image {start} ({e})") from None
-                yield pixels
+                yield lambda pixels=pixels: pixels
 
     return shape[0], batches()
 
 
 def _source_images(source, batch):
-    """Batches (lists of (H, W, 3) uint8 arrays) of a data source, decoded in threads one batch ahead."""
+    """Batches (see `gather`; lists of (H, W, 3) uint8 arrays) of a data source, decoded in threads one batch ahead.
+
+    This rank decodes its own batches only, as `in_turn` shares them out.
+    """
 
     def work(item):
         name, read, _ = item
@@ -619,17 +639,21 @@ def _source_images(source, batch):
             raise DataError(f"error: {name} in {source.path} can't be read ({type(e).__name__}: {e})") from None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        items = source.items(0, None)
-        fetch = lambda: [pool.submit(work, item) for item in islice(items, batch)]  # noqa: E731
+        items, number = source.items(0, None), count()
+
+        def fetch():
+            own, chunk = next(number) % ranks() == rank(), list(islice(items, batch))
+            return [own and pool.submit(work, item) for item in chunk]
+
         ahead = fetch()
         while ahead:
             now, ahead = ahead, fetch()
-            yield [np.asarray(f.result()) for f in now]
+            yield lambda now=now: [np.asarray(f.result()) for f in now]
 
 
 def sampled_statistics(sampler, steps, n, features, card, batch=64):
-    """Statistics of n images drawn from a model on the fly, rounded to 8 bits as if they had been saved."""
-    batches = (to_pixels(sampler(range(i, min(i + batch, n)), steps)) for i in range(0, n, batch))
+    """Statistics of n images drawn from a model on the fly, rounded to 8 bits as if they had been saved. On rank 0."""
+    batches = (lambda i=i: to_pixels(sampler(range(i, min(i + batch, n)), steps)) for i in range(0, n, batch))
     card = card | dict(steps=steps, seed=sampler.seed, guidance=sampler.w, classes=sampler.classes and "uniform")
     return gather(batches, n, features, card, f"{steps} steps")
 
@@ -638,7 +662,7 @@ def sampled_statistics(sampler, steps, n, features, card, batch=64):
 
 
 def evaluate(args, path, features, device):
-    """The scores of one checkpoint at each of --steps, from its cache where they are: [card, …]."""
+    """The scores of one checkpoint at each of --steps, from its cache where they are: [card, …], on rank 0."""
     net, state = load_model(path, device, not args.raw, args.ldm, args.size)
     trained = state.get("args", {})
     images = load_data(args.data or trained.get("data"), image_size(state), trained.get("crop"), args.cache)
@@ -646,24 +670,43 @@ def evaluate(args, path, features, device):
     sampler = Sampler(net, state, device, dtype, pick_classes(None, args.guidance, state), args.guidance, args.seed,
                       args.decode_batch)
     model = dict(checkpoint=str(path), hash=model_hash(path), weights="raw" if args.raw else "ema", dtype=dtype)
-    real, rows = None, []
+    real, rows = [], []
     for steps in args.steps:
         key = dict(model, version=VERSION, steps=steps, n=args.n, seed=args.seed, guidance=args.guidance,
                    features=features.id, reference=images.folder.name)
         del key["checkpoint"]                                  # a moved checkpoint is still the same
         cache = Path(path).parent / "scores" / f"{_digest(key)}.json"
-        try:
-            rows.append(json.loads(cache.read_text()))
+        known = from_first(_read_score(cache))
+        if known:
+            rows.append(known)
             rows[-1]["fake"]["checkpoint"] = str(path)         # it may have moved since
-            print(f"{path} at {steps} steps: known from {cache}", file=sys.stderr)
-        except (OSError, ValueError):
-            real = real or packed_statistics(images, features, args.batch)
-            rows.append(compare(real, sampled_statistics(sampler, steps, args.n, features, model, args.batch)))
-            try:
-                _write(cache, json.dumps(rows[-1], indent=1))
-            except OSError as e:
-                print(f"warning: can't keep this score in {cache} ({e.strerror or e})", file=sys.stderr)
+            tell(f"{path} at {steps} steps: known from {cache}")
+            continue
+        if not real:
+            real.append(packed_statistics(images, features, args.batch))
+        fake = sampled_statistics(sampler, steps, args.n, features, model, args.batch)
+        if rank():
+            continue
+        rows.append(compare(real[0], fake))
+        try:
+            _write(cache, json.dumps(rows[-1], indent=1))
+        except OSError as e:
+            tell(f"warning: can't keep this score in {cache} ({e.strerror or e})")
     return rows
+
+
+def _read_score(path):
+    """A score of the cache, or None."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def tell(text):
+    """A line for people, on standard error: standard output is for the table."""
+    if rank() == 0:
+        print(text, file=sys.stderr)
 
 
 def _digest(key):
@@ -770,13 +813,15 @@ def main(argv=None):
     except OSError as e:
         sys.exit(f"error: {e.filename or ''}: {e.strerror or e}")
     except KeyboardInterrupt:
-        print("stopped; the same command goes on: statistics and scores that were whole are kept", file=sys.stderr)
+        tell("stopped; the same command goes on: statistics and scores that were whole are kept")
         sys.exit(130)
 
 
 def compare_files(args, features):
     sides = [statistics_of(path, features, None if i else args.size, args.crop, args.batch, args.shuffle)
              for i, path in enumerate(args.sides)]
+    if rank():
+        return
     if args.save:
         sides[-1].save(args.save)
         print(f"wrote {args.save}")
@@ -804,12 +849,15 @@ def compare_models(args, features, device):
     for path in args.ckpt:
         name = Path(path).parent.name or Path(path).stem
         results[name if name not in results else str(path)] = evaluate(args, path, features, device)
+        if rank():
+            continue
         text = table(results)                                  # after each model: an interrupted table is still a table
         _write(Path(args.out) / "table.md", text + "\n")
         _write(Path(args.out) / "table.json", json.dumps(results, indent=1))
-    print(text)
-    print(f"wrote {args.out}/table.md and table.json", file=sys.stderr)
+    if rank() == 0:
+        print(text)
+        tell(f"wrote {args.out}/table.md and table.json")
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

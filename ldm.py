@@ -27,7 +27,7 @@ from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from tqdm import tqdm
 
-from data import DataError, Images, check_space, locked
+from data import DataError, Images, check_space, locked, made
 from ddim import LDMDiscrete
 from model import (
     CheckpointError,
@@ -658,7 +658,7 @@ class Latents(Images):
             digest.update(value.numpy().tobytes())
         path = self.folder / f"latents-{digest.hexdigest()[:12]}.f16"
         shape = (len(self), 2, *state["shape"])
-        if not path.exists():
+        if not made(path):
             with locked(self.folder):
                 if not path.exists():                         # another run may just have made it
                     self._encode(autoencoder_of(state, device), path, shape, device, dtype)

@@ -20,15 +20,20 @@ import math
 import os
 import platform
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -297,7 +302,8 @@ class UNet(nn.Module):
         if (y is not None) != (self.config.classes > 0 and context is None):
             raise ValueError("this UNet needs class labels y" if y is None else "this UNet has no classes, but got y")
         dtype = self.out.weight.dtype
-        t = torch.as_tensor(t, dtype=dtype, device=z.device).expand(len(z))
+        # Filled on the device: a copy would make a GPU wait.
+        t = t.to(dtype).expand(len(z)) if torch.is_tensor(t) else z.new_full((len(z),), t, dtype=dtype)
         emb = self.time_out(F.silu(self.time_in(time_embedding(t, self.config.channels))))
         if y is not None and self.config.context_dim:
             context = self.label(y)[:, None]          # (B, 1, context_dim): LDM's class embedder
@@ -327,17 +333,29 @@ def param_count(net):
 
 
 def pick_device(name="auto"):
-    """`--device`: a torch device; auto takes CUDA, else the CPU. Exits if it can't be used."""
+    """`--device`: a torch device; auto takes CUDA, else the CPU. Exits if it can't be used.
+
+    Under torchrun each process gets a GPU of its own, or its part of the cores, and meets the others here.
+    """
+    local = int(os.environ.get("LOCAL_RANK", 0))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{local}"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as e:
         sys.exit(f"error: --device {name} can't be used here ({str(e).splitlines()[0]})")
     if name.startswith("cuda"):
+        torch.cuda.set_device(name)
         torch.backends.cudnn.benchmark = True                 # the shapes never change
     if name == "cpu":
         _keep_freed_memory()
+        if "LOCAL_RANK" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+            # torchrun's own choice where the user made none, however many cores there are
+            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    if "RANK" in os.environ and not dist.is_initialized():
+        _meet(torch.device(name))
     return torch.device(name)
 
 
@@ -373,6 +391,121 @@ def memory_format(device):
 def autocast(device, dtype):
     """Run convolutions and matrix products in bfloat16, weights and losses staying float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+
+
+# ---- several processes, started by torchrun -------------------------------------------------------
+#
+# All of them run the same script. Whatever is random is drawn alike in all of them, for the whole batch, and each takes
+# its own rows of it: so a run on eight ranks is the run on one, but for the order in which gradients are summed.
+
+
+def _meet(device):
+    """Join the process group: tensors on the CPU travel by gloo, on GPUs by NCCL. Only rank 0 prints."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+
+
+def where(device):
+    """What a run runs on, in words."""
+    return str(device) if ranks() == 1 else f"{ranks()} processes ({device.type})"
+
+
+def rank():
+    """The number of this process, 0 … ranks() − 1: number 0 writes files, prints and shows progress."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    """How many processes share the work."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mine(x):
+    """This rank's share of the rows of a batch that all ranks know: (B, …) -> (B / ranks, …)."""
+    return x.chunk(ranks())[rank()]
+
+
+def from_all(x):
+    """The shares of all ranks, as one batch on each of them: (B / ranks, …) -> (B, …). Waits for the device."""
+    if ranks() == 1:
+        return x
+    shares = [None] * ranks()
+    dist.all_gather_object(shares, x.cpu())
+    return torch.cat(shares).to(x.device)
+
+
+def from_first(value):
+    """What rank 0 has, on every rank: any plain values, or tensors on the CPU."""
+    box = [value]
+    if ranks() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def average(x):
+    """The mean over the ranks of a tensor."""
+    if ranks() > 1:
+        dist.all_reduce(x)
+        x /= ranks()
+    return x
+
+
+def in_turn(jobs, work):
+    """work(job) for each job of an iterable, shared out one by one: job i is done on rank i mod ranks.
+
+    Yields the results in the order of the jobs, on rank 0; on the others nothing, but they must iterate as well.
+    Tensors among the results must be on the CPU.
+    """
+    jobs = iter(jobs)
+    while group := list(islice(jobs, ranks())):
+        result = work(group[rank()]) if rank() < len(group) else None
+        if ranks() == 1:
+            yield result
+        else:
+            results = None if rank() else [None] * ranks()
+            dist.gather_object(result, results)
+            yield from (results or [])[:len(group)]
+
+
+class Vote:
+    """Whether any rank says yes, as all of them learn in the same update: the next one, so that nobody waits now."""
+
+    def __init__(self):
+        self.cast = None
+
+    def __call__(self, yes):
+        if ranks() == 1:
+            return yes
+        before, ballot = self.cast, torch.tensor(float(yes))
+        self.cast = ballot, dist.all_reduce(ballot, async_op=True)
+        if before is None:
+            return False
+        before[1].wait()
+        return before[0].item() > 0
+
+
+def progress(**settings):
+    """A tqdm bar, on rank 0 alone."""
+    return tqdm(dynamic_ncols=True, disable=rank() > 0, **settings)
+
+
+def launch(main):
+    """Run a script's main. Under torchrun an error that all ranks meet is told by rank 0, a lost rank in one line."""
+    try:
+        main()
+    except SystemExit as e:
+        if int(os.environ.get("RANK", 0)) and e.code:         # torchrun ends this process when rank 0 has ended:
+            time.sleep(3)                                     # if it still runs then, the error is its own
+        raise
+    except RuntimeError as e:                                 # NCCL's errors are of this kind too
+        if ranks() == 1 or not any(sign in str(e) for sign in ("onnection", "NCCL", "imed out")):
+            raise
+        sys.exit(1 if rank() > 1 else f"error: another process of this run has died, or can't be reached "
+                                      f"({str(e).splitlines()[0][:160]}). What was saved is whole: --resume goes on")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ---- checkpoints --------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
     python sample.py --ckpt out/train/ckpt.pt out/dsdi/ckpt.pt  # models under each other, before and after (Figure 2)
     python sample.py --steps 8 -n 50000 --save out/png          # PNG files 00000.png, 00001.png …
     python sample.py --steps 8 -n 50000 --save out/8.npz        # or one file: arr_0 (N, H, W, 3) uint8
+    torchrun --nproc_per_node=8 sample.py --steps 8 -n 50000 --save out/8.npz    # the same, on eight GPUs
     python sample.py --ldm celebahq256 --ckpt model.ckpt        # one of LDM's models: see ldm.py
     python sample.py --ckpt out/dsdn/ckpt.pt --export out/hf    # a distilled one of them, for diffusers
 
@@ -22,12 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from data import save_grid, to_pixels
 from ddim import Denoiser, noise, sample
 from ldm import autoencoder_of, export, image_size, ldm_flag, load_model, model_hash
-from model import autocast, memory_format, pick_device, pick_dtype
+from model import autocast, from_first, in_turn, launch, memory_format, pick_device, pick_dtype, progress, rank
 
 # ---- one batch, one grid ------------------------------------------------------------------------------
 
@@ -77,7 +77,9 @@ def draw_grid(samplers, steps, n, path):
     samplers  {name: Sampler} of models that draw images of one shape
     """
     several = len(samplers) > 1
-    with tqdm(total=sum(steps) * len(samplers), desc="sampling", unit="step", dynamic_ncols=True) as bar:
+    if rank():
+        return
+    with progress(total=sum(steps) * len(samplers), desc="sampling", unit="step") as bar:
         rows = [sampler(range(n), s, bar).cpu() for s in steps for sampler in samplers.values()]
     labels = [f"{s} {name}" if several else f"{s} step{'s' * (s > 1)}" for s in steps for name in samplers]
     save_grid(torch.cat(rows), path, columns=n, labels=labels)
@@ -167,20 +169,27 @@ def _keep(note, settings, present, overwrite, path):
 
 
 def save_images(sampler, steps, n, batch, target):
-    """Draw the images that `target` still misses, batch by batch. Ctrl-C leaves whole images, to be continued."""
-    done = n - len(target.todo)
+    """Draw the images that `target` still misses, batch by batch, the ranks in turn. Ctrl-C leaves whole images.
+
+    target  a Folder or Npz on rank 0, which writes; None on the others
+    """
+    todo = from_first(target and target.todo)
+    batches, done = [todo[k:k + batch] for k in range(0, len(todo), batch)], n - len(todo)
     try:
         with (ThreadPoolExecutor(os.cpu_count()) as pool,
-              tqdm(total=n, initial=done, desc=f"{steps} steps", unit="img", dynamic_ncols=True) as bar):
-            for k in range(0, len(target.todo), batch):
-                indices = target.todo[k:k + batch]
-                target.write(pool, indices, to_pixels(sampler(indices, steps)))
+              progress(total=n, initial=done, desc=f"{steps} steps", unit="img") as bar):
+            drawn = in_turn(batches, lambda indices: to_pixels(sampler(indices, steps)))
+            for indices, pixels in zip(batches, drawn, strict=False):        # nothing is drawn on other ranks than 0
+                target.write(pool, indices, pixels)
                 done += len(indices)
                 bar.update(len(indices))
     except KeyboardInterrupt:
-        print(f"stopped with {done:,} of {n:,} images in {target.path}; the same command, without --overwrite, goes on")
+        if rank() == 0:
+            print(f"stopped with {done:,} of {n:,} images in {target.path}; the same command, without --overwrite, "
+                  f"goes on")
         sys.exit(130)
-    target.finish(sampler.labels(range(n)))
+    if target:
+        target.finish(sampler.labels(range(n)))
 
 
 # ---- command line ---------------------------------------------------------------------------------------
@@ -261,6 +270,8 @@ def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    if args.export and rank():
+        return
     if args.export:
         net, state = load_model(args.ckpt[0], "cpu", not args.raw, args.ldm, args.size)
         export(net, state, args.export)
@@ -282,7 +293,7 @@ def main(argv=None):
                             guidance=args.guidance, weights="raw" if args.raw else "ema", dtype=dtype)
             settings |= {"size": image_size(state)} if "ldm" in state else {}      # the others have only one
             kind = Npz if path.suffix == ".npz" else Folder
-            target = kind(path, args.n, sampler.image_shape, settings, args.overwrite)
+            target = None if rank() else kind(path, args.n, sampler.image_shape, settings, args.overwrite)
             save_images(sampler, args.steps[0], args.n, args.batch, target)
         else:
             draw_grid(samplers, args.steps, args.n, path)
@@ -300,4 +311,4 @@ def told(state):
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

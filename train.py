@@ -4,6 +4,7 @@
     python train.py --distill 0.15 --data celeba.zip --preset celeba64      # one GPU
     python train.py --distill 0.15 --data DIR --preset church64 --size 32   # any flag beats the preset
     python train.py --resume --out out/train                                # go on where a run stopped
+    torchrun --nproc_per_node=8 train.py --distill 0.15 --data celeba.zip --preset celeba64    # eight GPUs
 
 A run leaves OUT/ckpt.pt (weights, their average, optimiser, random state, settings), OUT/log.jsonl (a
 line every --log-every updates) and OUT/samples-NNNNNN.png (from the averaged weights, always with the
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
+from torch.nn.parallel import DistributedDataParallel
 
 from data import load_data, save_grid
 from ddim import SCHEDULES, Denoiser, ddim_target, noise, sample, to_x
@@ -34,14 +35,23 @@ from model import (
     CONFIGS,
     UNet,
     UNetConfig,
+    Vote,
     autocast,
+    average,
     config_dict,
+    from_all,
+    launch,
     load_checkpoint,
     memory_format,
+    mine,
     param_count,
     pick_device,
     pick_dtype,
+    progress,
+    rank,
+    ranks,
     save_checkpoint,
+    where,
 )
 from sample import Sampler
 
@@ -64,18 +74,17 @@ LABEL_DROPOUT = 0.1       # how often a label gives way to the null class, so th
 # ---- the loss ---------------------------------------------------------------------------------------
 
 
-def training_loss(xhat, x, y, b, step=STEP):
+def training_loss(xhat, x, t, eps, y, b, step=STEP):
     """Equation 1: the diffusion loss plus b times self-distillation, from one evaluation with gradient.
 
     xhat  Denoiser of a v-prediction network;  x (B, C, H, W) data;  y (B,) labels or None;  b in [0, 1]
+    t     (B,) times ~ U(0, 1];  eps (B, C, H, W) noise ε ~ N(0, I)
     returns  loss (scalar), and its terms by name
 
-        L = (1 − b) ‖v̂_t − v_t‖² + b ‖x' − x''‖²,   t ~ U(0, 1],  v_t = α_t ε − σ_t x        (Eq. 1)
+        L = (1 − b) ‖v̂_t − v_t‖² + b ‖x' − x''‖²,   v_t = α_t ε − σ_t x        (Eq. 1)
 
     ‖·‖² is the mean over pixels. v̂_t and x' come from the same evaluation, and b = 0 never makes the second.
     """
-    t = 1 - torch.rand(len(x), dtype=x.dtype, device=x.device)
-    eps = torch.randn_like(x)
     a, s = xhat.schedule(t)
     z = a * x + s * eps                                       # z_t
     v = xhat.output(z, t, y)                                  # v̂_t, the one evaluation with a gradient
@@ -89,9 +98,25 @@ def training_loss(xhat, x, y, b, step=STEP):
     return (1 - b) * loss_v + b * loss_x, {"v": loss_v, "x": loss_x}
 
 
-def drop_labels(y, null, p=LABEL_DROPOUT):
-    """Replace each label by the null class with probability p."""
-    return torch.where(torch.rand(y.shape, device=y.device) < p, null, y)
+def drop_labels(y, null, u, p=LABEL_DROPOUT):
+    """Replace labels y (B,) by the null class with probability p, by the random numbers u (B,) ~ U[0, 1)."""
+    return torch.where(u < p, null, y)
+
+
+class Losses:
+    """losses(step) for `fit`: Equation 1 on batch after batch of a stream of (x, y), this rank's rows of each."""
+
+    def __init__(self, run, stream, b):
+        self.run, self.stream, self.b = run, stream, b
+        self.classes = run.net.config.classes
+        self.xhat = run.denoiser(run.model)
+
+    def __call__(self, step):
+        (images, labels), draw = next(self.stream), self.run.draw
+        times, noises = 1 - draw(torch.rand), draw(torch.randn, *images.shape[1:])
+        labels = drop_labels(labels, self.classes, draw(torch.rand)) if self.classes else None
+        for x, t, eps, y in self.run.split(images, times, noises, labels):
+            yield training_loss(self.xhat, x, t, eps, y, self.b)
 
 
 # ---- a run: what is trained, and its files -----------------------------------------------------------
@@ -100,14 +125,17 @@ def drop_labels(y, null, p=LABEL_DROPOUT):
 class Run:
     """A network in training with its average, optimiser, place in the run and files. One loop, `fit`, drives it.
 
-    args   needs: out, updates, batch, lr, lr_end, warmup, betas, clip, ema, ema_device, checkpointing, seed, dtype,
-           compile, log_every, save_every
+    args   needs: out, updates, batch, accumulate, lr, lr_end, warmup, betas, clip, ema, ema_device, checkpointing,
+           seed, dtype, compile, log_every, save_every
     about  what the checkpoint says of the model: schedule, predicts, shape, classes, …, as sample.py needs them
     young  the network starts from random weights, which its average must be quick to forget
     parts  further state that a resumed run needs, by name: objects with state_dict and load_state_dict
     """
 
     def __init__(self, args, net, device, about, young=True):
+        if args.batch % (ranks() * args.accumulate):
+            sys.exit(f"error: --batch {args.batch} can't be shared equally by {ranks()} processes"
+                     f" with --accumulate {args.accumulate}")
         self.args, self.device, self.out, self.about, self.young = args, device, Path(args.out), about, young
         self.parts = {}
         self.net = net.to(device, memory_format=memory_format(device))
@@ -115,13 +143,39 @@ class Run:
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         if args.ema_device == "cpu":
             self.ema.to("cpu")
-        self.model = torch.compile(self.net) if args.compile else self.net
+        self.shared = self.model = self.net
+        if ranks() > 1:
+            self.shared = self.model = DistributedDataParallel(self.net, gradient_as_bucket_view=True)
+        self.model = self.compiled(self.model)
         self.opt = torch.optim.Adam(self.net.parameters(), lr=args.lr, betas=tuple(args.betas), fused=True)
         self.step = 0
+        self.random = torch.Generator(device).manual_seed(args.seed)     # alike on all ranks, see `draw`
+        torch.manual_seed(args.seed + rank())                            # for dropout, the only other user of chance
 
     @property
     def ckpt(self):
         return self.out / "ckpt.pt"
+
+    def compiled(self, net):
+        """A network as --compile wants it."""
+        return torch.compile(net, mode=self.args.compile) if self.args.compile else net
+
+    def denoiser(self, net):
+        """x̂ of this run's network, or of one like it: the network wrapped for several ranks, an average, a teacher."""
+        schedule, null = SCHEDULES[self.about["schedule"]](), self.net.config.classes or None
+        return Denoiser(net, schedule, self.about["predicts"], null)
+
+    def draw(self, kind, *shape, **settings):
+        """Random numbers for each image of the batch, this rank's rows: kind(batch, *shape), e.g. of torch.randn.
+
+        All ranks draw the same, for the whole batch: what image i gets does not depend on how many they are.
+        """
+        return mine(kind(self.args.batch, *shape, generator=self.random, device=self.device, **settings))
+
+    def split(self, *rows):
+        """This rank's rows (of tensors or None) in --accumulate equal parts, one after the other."""
+        count = self.args.accumulate
+        return zip(*([x] * count if x is None else x.chunk(count) for x in rows), strict=True)
 
     def average(self):
         """The averaged network on the run's device, to sample from: a copy if it is kept elsewhere."""
@@ -134,33 +188,47 @@ class Run:
         """Learning rate of the update about to be made."""
         return learning_rate(self.args, self.step)
 
-    def update(self, loss):
-        """One optimiser step, and one of the weight average. Returns the norm of the gradient before clipping."""
+    def update(self, losses):
+        """One optimiser step, and one of the weight average.
+
+        losses  yields (loss, {name: scalar}) for each of --accumulate parts of the batch
+        returns {name: scalar tensor} for the log: means over the parts, and the norm of the gradient before clipping
+        """
+        values, count = [], self.args.accumulate
+        for part in range(count):
+            # Ranks exchange their gradients in the last backward pass only.
+            alone = self.shared.no_sync() if ranks() > 1 and part < count - 1 else contextlib.nullcontext()
+            torch.compiler.cudagraph_mark_step_begin()        # what an earlier update's graphs put out is done with
+            with alone:
+                with self.autocast():
+                    loss, terms = next(losses)
+                (loss / count).backward()
+            values.append(dict(loss=loss.detach()) | {k: v.detach() for k, v in terms.items()})
         for group in self.opt.param_groups:
             group["lr"] = self.lr()
-        loss.backward()
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.args.clip)
         self.opt.step()
         self.opt.zero_grad(set_to_none=True)
         # A short memory at first: an average still full of the random start would show noise for thousands of updates.
         follow(self.ema, self.net, min(self.args.ema, (1 + self.step) / (10 + self.step) if self.young else 1))
         self.step += 1
-        return norm
+        return {k: sum(v[k] for v in values) / count for k in values[0]} | dict(grad_norm=norm)
 
     def state(self):
-        """Everything a run needs to go on exactly, and sample.py needs to load the model."""
+        """Everything a run needs to go on exactly, and sample.py needs to load the model. To be called on all ranks."""
         return dict(self.about, config=config_dict(self.net.config), step=self.step,
                     args={k: v for k, v in vars(self.args).items() if k not in ("out", "resume", "overwrite")},
                     parts={name: part.state_dict() for name, part in self.parts.items()},
                     weights=self.net.state_dict(), ema=self.ema.state_dict(), optimizer=self.opt.state_dict(),
-                    rng=dict(cpu=torch.get_rng_state(),
-                             cuda=torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []))
+                    random=self.random.get_state(), dropout=from_all(_dropout_state(self.device)[None]))
 
     def save(self):
-        save_checkpoint(self.ckpt, self.state())
+        state = self.state()
+        if rank() == 0:
+            save_checkpoint(self.ckpt, state)
 
     def load(self, state):
-        """Take up the state of a checkpoint of the same network."""
+        """Take up the state of a checkpoint of the same network. Says so where the run can't go on bit for bit."""
         try:
             self.net.load_state_dict(state["weights"])
         except RuntimeError as e:
@@ -173,9 +241,22 @@ class Run:
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
         self.step = state["step"]
-        torch.set_rng_state(state["rng"]["cpu"].cpu())
-        if self.device.type == "cuda" and len(state["rng"]["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([s.cpu() for s in state["rng"]["cuda"]])
+        before = len(state["dropout"])
+        if state["random"].shape == self.random.get_state().shape:       # else: CPU and GPU draw differently anyway
+            self.random.set_state(state["random"])
+            if before == ranks():
+                _set_dropout_state(self.device, state["dropout"][rank()])
+        if before != ranks():
+            print(f"resuming on {ranks()} processes what ran on {before}: the same images and the same noise, but "
+                  f"gradients are summed in another order, and --dropout draws other masks: no longer bit for bit")
+
+
+def _dropout_state(device):
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_dropout_state(device, state):
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
 
 
 def learning_rate(args, step):
@@ -196,34 +277,34 @@ def follow(average, net, decay):
 
 
 def fit(run, losses, hooks=(), watch=None):
-    """The training loop. losses(step) -> (loss, {name: scalar tensor}).
+    """The training loop. losses(step) yields (loss, {name: scalar tensor}) for each of --accumulate parts of a batch.
 
     hooks  pairs (N, hook): hook(run) is called every N updates and after the last; returns dicts to log, or nothing
     watch  called before each line of the log is written and each checkpoint: returns more to log, or ends the run
 
-    Nothing here waits for the GPU except where a value is logged. A loss or gradient that is not finite
-    ends the run with the last good checkpoint in place, Ctrl-C (or SIGTERM) with a fresh one.
+    Every rank runs it, and rank 0 writes. Nothing here waits for the GPU except where a value is logged. A loss or
+    gradient that is not finite ends the run with the last good checkpoint in place, Ctrl-C or SIGTERM with a fresh one.
     """
-    a, pending, since = run.args, [], time.perf_counter()
+    a, pending, since, vote = run.args, [], time.perf_counter(), Vote()
     every = lambda n: n and (run.step % n == 0 or run.step == a.updates)  # noqa: E731
-    with (disk_errors(run), catch_signals() as stopped, open(run.out / "log.jsonl", "a") as log,
-          tqdm(total=a.updates, initial=run.step, unit="update", dynamic_ncols=True) as bar):
+    log_file = os.devnull if rank() else run.out / "log.jsonl"
+    with (disk_errors(run), catch_signals() as stopped, open(log_file, "a") as log,
+          progress(total=a.updates, initial=run.step, unit="update") as bar):
         stop = False
         while run.step < a.updates and not stop:
-            with run.autocast():
-                loss, terms = losses(run.step)
-            lr, norm = run.lr(), run.update(loss)
-            pending.append(torch.stack([loss.detach(), norm, *(v.detach() for v in terms.values())]).float())
+            lr, values = run.lr(), run.update(losses(run.step))
+            pending.append(torch.stack([*values.values()]).float())
             bar.update()
-            stop = bool(stopped)                              # read once: the next update notices a later signal
+            stop = vote(bool(stopped))                        # read once: the next update notices a later signal
             if every(a.log_every) or every(a.save_every) or stop:
-                entry = _mean_of(run, pending, ["loss", "grad_norm", *terms], bar)
+                entry = _mean_of(run, pending, values.keys(), bar)
                 now = time.perf_counter()
                 entry |= watch() if watch else {}
                 entry |= dict(lr=lr, images_per_s=round(len(pending) * a.batch / (now - since), 1))
                 log.write(json.dumps(entry) + "\n")
                 log.flush()
-                bar.set_postfix({k: f"{entry[k]:.3g}" for k in ("loss", *terms)} | {"img/s": entry["images_per_s"]})
+                shown = {k: f"{entry[k]:.3g}" for k in values if k != "grad_norm"}
+                bar.set_postfix(shown | {"img/s": entry["images_per_s"]})
                 pending, since = [], now
             paused = time.perf_counter()
             if every(a.save_every) or stop:
@@ -234,14 +315,17 @@ def fit(run, losses, hooks=(), watch=None):
                     log.flush()
             since += time.perf_counter() - paused             # neither is training: keep them out of images/s
     if run.step < a.updates:
+        again = "torchrun …" if ranks() > 1 else "python"
         print(f"stopped at update {run.step} of {a.updates}; saved {run.ckpt}. Go on with: "
-              f"python {Path(sys.argv[0]).name} --resume --out {run.out}")
+              f"{again} {Path(sys.argv[0]).name} --resume --out {run.out}")
         sys.exit(130)
 
 
 def _mean_of(run, pending, names, bar):
-    """Means of the values gathered since the last call, as a log entry; ends the run if one is not finite."""
-    values = torch.stack(pending).cpu()
+    """Means, over the ranks too, of the values gathered since the last call, as a log entry; ends the run if one is
+    not finite.
+    """
+    values = average(torch.stack(pending)).cpu()
     bad = (~values.isfinite().all(dim=1)).nonzero()
     if len(bad):
         bar.close()
@@ -266,11 +350,14 @@ def disk_errors(run):
 
 @contextlib.contextmanager
 def catch_signals():
-    """A list that is empty until Ctrl-C or SIGTERM arrives; a second Ctrl-C interrupts at once."""
+    """A list that is empty until Ctrl-C or SIGTERM arrives; a second Ctrl-C interrupts at once.
+
+    Not under torchrun: it passes on what the terminal sends as well, and ends a process that takes over 30 seconds.
+    """
     stopped = []
 
     def handler(number, frame):
-        if stopped:
+        if stopped and ranks() == 1:
             raise KeyboardInterrupt
         stopped.append(number)
 
@@ -294,6 +381,8 @@ def check_out(args, more="--updates N asks for more"):
     more  what the user of a finished run can do
     """
     out = Path(args.out)
+    if not args.resume and rank():                            # rank 0 looks: it may have begun to write by now
+        return None
     if args.resume:
         state = load_checkpoint(out / "ckpt.pt")
         if state["step"] >= args.updates:
@@ -307,6 +396,8 @@ def check_out(args, more="--updates N asks for more"):
 def claim_out(args, state):
     """Make OUT ready for the first update: an old run goes, after all checks, lest a typing error delete it."""
     out = Path(args.out)
+    if rank():
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
         if state:
@@ -328,24 +419,28 @@ def _cut_log(path, step):
 
 
 def batches(images, args, start, device):
-    """Yield (x, y) on the device from batch `start` on, the next one being read while the current one is used."""
+    """Yield this rank's rows of batch `start`, `start` + 1 … as (x, y) on the device; a thread reads one ahead."""
+
+    def fetch(step):
+        x, y = images.batch(step, args.batch, args.seed, args.flip, (rank(), ranks()))
+        return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
+
     with ThreadPoolExecutor(1) as pool:
-        fetch = lambda step: pool.submit(images.batch, step, args.batch, args.seed, args.flip)  # noqa: E731
-        future = fetch(start)
+        future = pool.submit(fetch, start)
         while True:
             x, y = future.result()
             start += 1
-            future = fetch(start)
-            if device.type == "cuda":
-                x, y = x.pin_memory(), y.pin_memory()
+            future = pool.submit(fetch, start)
             yield x.to(device, non_blocking=True, memory_format=memory_format(device)), y.to(device, non_blocking=True)
 
 
 def sample_picture(run, count=80, columns=10):
     """Sample grid from the averaged weights, always with the same noise; with ten classes, each has its column."""
+    if rank():
+        return
     a, c = run.args, run.net.config
     y = torch.arange(count, device=run.device) % c.classes if c.classes else None
-    xhat = Denoiser.of(run.average(), run.about)
+    xhat = run.denoiser(run.average())
     z = noise(a.seed, range(count), run.about["shape"]).to(run.device, memory_format=memory_format(run.device))
     with run.autocast():
         x = sample(xhat, z, a.sample_steps, y)
@@ -365,6 +460,8 @@ def scorer(args, images, device, steps):
         sampler = Sampler(run.average(), run.about, run.device, args.dtype, y, seed=args.seed)
         for s in steps:
             fake = sampled_statistics(sampler, s, args.fid_samples, features, dict(weights="ema", dtype=args.dtype))
+            if rank():                                        # which has drawn its share
+                continue
             card = compare(real, fake)
             yield card["scores"] | {k: card[k] for k in ("features", "real", "fake")}
 
@@ -430,7 +527,11 @@ def parse_args(argv=None):
 def optimiser_flags(g):
     """The flags of `Run`'s optimiser, for every script that trains."""
     g.add_argument("--updates", type=int, metavar="P", help="optimiser steps in all (default: %(default)s)")
-    g.add_argument("--batch", type=int, help="images per update (default: %(default)s)")
+    g.add_argument("--batch", type=int,
+                   help="images per update, all processes of torchrun together (default: %(default)s)")
+    g.add_argument("--accumulate", type=int, default=1, metavar="K",
+                   help="make each update from K parts of the batch, one after the other: a K-th of the memory for "
+                        "activations (default: 1)")
     g.add_argument("--lr", type=float, help="learning rate after warm-up (default: %(default)s)")
     g.add_argument("--lr-end", type=float, help="where it falls to, along a cosine (default: it stays)")
     g.add_argument("--warmup", type=int, help="updates over which it rises from 0 (default: %(default)s)")
@@ -461,7 +562,14 @@ def run_flags(g):
                    help="where the weight average is kept: beside the model, or on the CPU to save a GPU its memory")
     g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
                    help="compute activations again in the backward pass: a fraction of the memory, a third more time")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
+    compile_flag(g)
+
+
+def compile_flag(g):
+    g.add_argument("--compile", nargs="?", const="default", default="", metavar="MODE",
+                   choices=["", "default", "reduce-overhead"],
+                   help="torch.compile the network: default, or reduce-overhead, which adds CUDA graphs for small "
+                        "batches on a GPU; the first update then takes a minute (default: not)")
 
 
 def settle(p, argv, first):
@@ -474,12 +582,14 @@ def settle(p, argv, first):
 
 def check_numbers(p, args):
     """Refuse values that can't work before anything is touched."""
-    least = dict(updates=1, batch=1, size=1, log_every=1, save_every=1, sample_steps=1,
+    least = dict(updates=1, batch=1, accumulate=1, size=1, log_every=1, save_every=1, sample_steps=1,
                  sample_every=0, fid_every=0, fid_samples=2, warmup=0, seed=0)
     for name, value in least.items():
         given = getattr(args, name, None)
         if given is not None and given < value:
             p.error(f"--{name.replace('_', '-')} must be at least {value}")
+    if args.compile == "reduce-overhead" and args.accumulate > 1:
+        p.error("--compile reduce-overhead keeps gradients where the next part of --accumulate would overwrite them")
     if not all(0 <= beta < 1 for beta in args.betas):
         p.error("--betas must be at least 0 and below 1")
     if not 0 <= args.ema < 1:
@@ -522,19 +632,13 @@ def main(argv=None):
         run.load(state)
     claim_out(args, state)
     print(f"{len(images):,} images of {args.size}x{args.size}, {param_count(run.net) / 1e6:.2f} M parameters, "
-          f"{args.updates:,} updates of {args.batch} images on {device} in {args.dtype}, distill {args.distill}")
+          f"{args.updates:,} updates of {args.batch} images on {where(device)} in {args.dtype}, distill {args.distill}")
 
-    stream = batches(images, args, run.step, device)
-    xhat = Denoiser(run.model, SCHEDULES["cosine"](), "v")
-
-    def losses(step):
-        x, y = next(stream)
-        return training_loss(xhat, x, drop_labels(y, len(classes)) if classes else None, args.distill)
-
+    losses = Losses(run, batches(images, args, run.step, device), args.distill)
     fit(run, losses, hooks)
     pictures = f" and {run.out}/samples-{run.step:06d}.png" if args.sample_every else ""
     print(f"done: {run.ckpt}{pictures}; few-step samples side by side: python sample.py --ckpt {run.ckpt}")
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -89,7 +89,7 @@ def distilled(net, mixture, schedule, lr, updates=600, batch=256, **settings):
     stream = iter(lambda: (mixture.draw(batch), torch.zeros(batch, dtype=torch.long)), None)
     run, losses = distill.setup(args, copy.deepcopy(net), torch.device("cpu"), ABOUT, stream)
     for step in range(updates):
-        run.update(losses(step)[0])
+        run.update(losses(step))
     return run.ema
 
 

@@ -69,9 +69,7 @@ def distilled(ckpt, device, data, schedule, lr, **settings):
     torch.manual_seed(args.seed)
     run, losses = distill.setup(args, net, device, state, batches(data, args, 0, device))
     for step in range(args.updates):
-        with run.autocast():
-            loss, _ = losses(step)
-        run.update(loss)
+        run.update(losses(step))
     return run.ema
 
 

@@ -185,10 +185,16 @@ def test_data_in_one_point_is_sampled_exactly_in_n_evaluations(kind, name, steps
     assert (x - x0).abs().max() < tolerance * (1 + z.abs().max())
 
 
+def chance(x):
+    """Times ~ U(0, 1] and noise for the images x."""
+    return 1 - torch.rand(len(x), dtype=x.dtype), torch.randn_like(x)
+
+
 def test_data_in_one_point_has_no_loss():
     """Also for t < 1/128, where both small steps end at 0."""
     x0 = torch.randn(1, 3, 4, 4, dtype=torch.double)
-    loss, terms = training_loss(Denoiser(Point(x0, Cosine(), "v"), Cosine()), x0.expand(2000, 3, 4, 4), None, 0.15)
+    x = x0.expand(2000, 3, 4, 4)
+    loss, terms = training_loss(Denoiser(Point(x0, Cosine(), "v"), Cosine()), x, *chance(x), None, 0.15)
     assert max(loss, terms["v"], terms["x"]) < 1e-18
 
 
@@ -212,7 +218,7 @@ def test_gaussian_data_has_the_loss_of_the_closed_form():
     m, d, n, step = 0.3, 0.5, 100_000, 1 / 128
     xhat = Denoiser(Gaussian(m, d, Cosine()), Cosine())
     x = m + d * torch.randn(n, 1, 1, 4, dtype=torch.double)
-    _, terms = training_loss(xhat, x, None, 0.15, step)
+    _, terms = training_loss(xhat, x, *chance(x), None, 0.15, step)
     t = (np.arange(100_000) + 0.5) / 100_000
     assert_close(terms["v"].item(), gaussian_v(t, d), rtol=1.5e-2, atol=0)
     assert_close(terms["x"].item(), gaussian_x(t, d, step), rtol=3e-2, atol=0)
@@ -242,11 +248,9 @@ def test_the_gradient_flows_only_through_the_first_evaluation():
     x = torch.randn(SHAPE, dtype=torch.double)
 
     def grad(b):
-        torch.manual_seed(1)
-        return torch.autograd.grad(training_loss(Denoiser(net, Cosine()), x, None, b)[0], scale)[0]
+        return torch.autograd.grad(training_loss(Denoiser(net, Cosine()), x, t, eps, None, b)[0], scale)[0]
 
-    torch.manual_seed(1)                                     # by hand: the same t and ε, target from a frozen copy
-    t, eps = 1 - torch.rand(64, dtype=x.dtype), torch.randn_like(x)
+    t, eps = chance(x)                                       # by hand: the target from a frozen copy
     a, s = Cosine()(t)
     z = a * x + s * eps
     frozen = Denoiser(lambda z, t, y=None: 0.7 * torch.tanh(z + 1), Cosine())
@@ -260,7 +264,8 @@ def test_the_gradient_flows_only_through_the_first_evaluation():
 @pytest.mark.parametrize("b,evaluations", [(0.0, 1), (0.15, 2)])
 def test_plain_training_pays_for_one_evaluation_and_distillation_for_two(b, evaluations):
     net = Point(torch.zeros(1, 3, 4, 4), Cosine(), "v")
-    training_loss(Denoiser(net, Cosine()), torch.randn(8, 3, 4, 4), None, b)
+    x = torch.randn(8, 3, 4, 4)
+    training_loss(Denoiser(net, Cosine()), x, *chance(x), None, b)
     assert net.calls == evaluations
 
 

@@ -205,7 +205,7 @@ def test_a_model_that_knows_the_answer_does_not_move(schedule):
     run, updates, _ = a_run(net, schedule)
     before = net.x.detach().clone()
     for step in range(12):
-        loss, _ = updates(step)
+        loss, _ = next(updates(step))
         assert loss < 1e-9                                    # times are float32
         assert torch.autograd.grad(loss, net.x, retain_graph=True)[0].norm() < 1e-5
     assert torch.equal(net.x, before)
@@ -226,7 +226,7 @@ class Recorder:
         self.net, self.config, self.calls = net, net.config, []
 
     def __call__(self, z, t, y=None):
-        self.calls.append((t.clone(), None if y is None else y.clone(), torch.is_grad_enabled()))
+        self.calls.append((torch.as_tensor(t).clone(), None if y is None else y.clone(), torch.is_grad_enabled()))
         return self.net(z, t) if y is None else self.net(z, t, y)
 
 
@@ -236,7 +236,7 @@ def test_a_trajectory_walks_the_chain_and_starts_again():
     updates.xhat.net = spy = Recorder(run.net)
     seen = []
     for step in range(9):
-        updates(step)
+        next(updates(step))
         seen.append(updates.source.z.clone())
     first = [t[0].item() for t, _, _ in spy.calls[0::2]]
     second = [t[0].item() for t, _, _ in spy.calls[1::2]]
@@ -252,7 +252,7 @@ def test_a_depth_that_ends_cuts_its_trajectory_short():
     assert plan[0][1] < 4                                     # less than one walk
     updates.xhat.net = spy = Recorder(run.net)
     for step in range(8):
-        updates(step)
+        next(updates(step))
     starts = [t[0].item() for t, _, _ in spy.calls[0::2]]
     want = []
     for depth, n in plan:
@@ -267,8 +267,8 @@ def test_the_teacher_is_frozen_and_replaced_at_each_depth():
         depth, u = distill.place(plan, step)
         before = copy.deepcopy(teacher.state_dict())
         student = copy.deepcopy(run.net.state_dict())
-        loss, _ = updates(step)
-        run.update(loss)
+        loss, _ = next(updates(step))
+        run.update(iter([(loss, {})]))
         assert same(teacher.state_dict(), student if u == 0 else before)
         assert not same(teacher.state_dict(), run.net.state_dict())
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
@@ -276,11 +276,11 @@ def test_the_teacher_is_frozen_and_replaced_at_each_depth():
 
 def test_tsd_follows_the_teacher_not_the_student():
     run, updates, _ = a_run(tiny_net(), "tsd", steps=8, updates=12)
-    loss, _ = updates(0)
-    run.update(loss)
+    loss, _ = next(updates(0))
+    run.update(iter([(loss, {})]))
     z = updates.source.z.clone()
     _, z_want = by_hand(run.net, z, 0.75, 0.625, 0.5, "snr", "ddim", run.parts["teacher"])
-    updates(1)
+    next(updates(1))
     assert_close(updates.source.z, z_want)
 
 
@@ -291,10 +291,10 @@ def test_target_ema_is_a_running_average(decay):
     assert ("target" in run.parts) == (decay != 0.9)
     average = copy.deepcopy(run.net.state_dict())
     for step in range(5):
-        loss, _ = updates(step)
+        loss, _ = next(updates(step))
         used = updates.second.net.state_dict()
         assert_close(used, average)
-        run.update(loss)
+        run.update(iter([(loss, {})]))
         average = {k: decay * average[k] + (1 - decay) * v for k, v in run.net.state_dict().items()}
     assert updates.first is None and updates.second.net is not run.net
 
@@ -307,7 +307,7 @@ def test_without_target_ema_no_second_set_of_weights_is_held():
 def test_pd_draws_t_on_the_students_grid():
     """z_t from data at t = i / (N/2), uniformly; the teacher's two half-steps end on the grid again."""
     x = torch.full((3000, 3, 4, 4), 0.5)
-    points = distill.DataPairs(iter([(x, None)]))
+    points = distill.DataPairs(a_run(tiny_net(), batch=3000)[0], iter([(x, None)]))
     z, (t, t1, t2), cond = points.batch(Denoiser(None, Cosine(), "v"), 16, 0)
     assert sorted(set(t.tolist())) == [i / 8 for i in range(1, 9)]
     assert torch.unique(t, return_counts=True)[1].min() > 300
@@ -328,7 +328,7 @@ def test_guidance_is_the_same_in_all_evaluations(schedule):
     for step in range(12):
         _, u = distill.place(plan, step)
         before = sum(len(s.calls) for s in spies.values())
-        updates(step)
+        next(updates(step))
         calls = [c for s in spies.values() for c in s.calls[-3:]]
         assert sum(len(s.calls) for s in spies.values()) - before == (3 if schedule == "tsd" else 2)
         y, w = updates.source.y, updates.source.w
@@ -359,7 +359,7 @@ def test_stagger_covers_all_noise_levels_in_every_update():
     for step in range(9):
         del spy.calls[:]
         was = points.z.clone()
-        updates(step)
+        next(updates(step))
         (t, _, grad), (t1, _, _) = spy.calls[-2:]
         assert grad and sorted(t.tolist()) == sorted([1, 0.75, 0.5, 0.25] * 2)
         assert_close(t - t1, torch.full_like(t, 1 / 8))
@@ -376,7 +376,7 @@ def test_a_staggered_walk_passes_through_the_same_points():
     """Spread to their places, staggered trajectories lie on DDIM chains of the model: checked with an exact one."""
     net = Constant()
     xhat = Denoiser(net, Cosine(), "v")
-    points = distill.Trajectories(SHAPE, 8, CPU, stagger=True)
+    points = distill.Trajectories(a_run(tiny_net(), batch=8)[0], stagger=True)
     points.z = points.z.double()
     z, (t, _, _), _ = points.batch(xhat, 8, 0)
     a, s = Cosine()(t.double())
