@@ -153,10 +153,11 @@ class Trajectories:
     def __init__(self, run, guidance=(1.0, 3.0), stagger=False):
         self.run, self.classes, self.guidance = run, run.net.config.classes, guidance
         shape, device = run.about["shape"], run.device
-        # Where the trajectories stand is known beforehand: on the CPU to decide by, on the device to compute with.
-        index = torch.arange(run.args.batch) * stagger
-        self.index = {d: mine(index).to(d) for d in {torch.device("cpu"), device}}
-        count = len(self.index[device])
+        # Where the trajectories stand is known beforehand: of all ranks on the CPU, to decide alike, and of this rank's
+        # on the device, to compute with.
+        self.all = torch.arange(run.args.batch) * stagger
+        self.own = mine(self.all).to(device)
+        count = len(self.own)
         self.z = torch.zeros(count, *shape, device=device).contiguous(memory_format=memory_format(device))
         self.y = torch.zeros(count, dtype=torch.long, device=device)
         self.w = torch.ones(count, 1, 1, 1, device=device)
@@ -174,9 +175,12 @@ class Trajectories:
         for name, value in self._state().items():
             value.copy_(mine(state[name]))
 
-    def pairs(self, depth, u, device="cpu"):
-        """Which pair of steps, 0 … N_i / 2 − 1 from noise to data, each trajectory makes in update u of a depth."""
-        return (self.index[torch.device(device)] * (depth // 2) // self.run.args.batch + u) % (depth // 2)
+    def pairs(self, which, depth, u):
+        """Which pair of steps, 0 … N_i / 2 − 1 from noise to data, trajectories make in update u of a depth.
+
+        which  `all` trajectories, or this rank's `own`
+        """
+        return (which * (depth // 2) // len(self.all) + u) % (depth // 2)
 
     def cond(self):
         return dict(y=self.y, w=self.w) if self.classes else {}
@@ -192,18 +196,18 @@ class Trajectories:
 
     def batch(self, xhat, depth, u):
         """z_t, the times t, t', t'' (each (B,)) and the condition of update u of a depth."""
-        times, now = xhat.schedule.grid(depth, self.z.device), self.pairs(depth, u, self.z.device)
+        times, now = xhat.schedule.grid(depth, self.z.device), self.pairs(self.own, depth, u)
         if u == 0:
             self.start(torch.ones_like(now, dtype=torch.bool))
             self._spread(xhat, depth)
-        elif (self.pairs(depth, u) == 0).any():
+        elif (self.pairs(self.all, depth, u) == 0).any():
             self.start(now == 0)
         return self.z, [times[2 * now + i] for i in range(3)], self.cond()
 
     @torch.no_grad()
     def _spread(self, xhat, depth):
         """Walk fresh noise to the places of a staggered batch: one evaluation for each step of two."""
-        times, now = xhat.schedule.times(depth), self.pairs(depth, 0)
+        times, now = xhat.schedule.times(depth), mine(self.pairs(self.all, depth, 0))
         for k in range(int(now.max())):
             first = int((now <= k).sum())                     # places rise along the batch: the rest of it goes on
             z, t, t1 = self.z[first:], times[2 * k], times[2 * k + 2]
@@ -212,8 +216,8 @@ class Trajectories:
 
     def advance(self, z2, depth, u):
         self.z = z2
-        if (self.pairs(depth, u) == depth // 2 - 1).any():
-            there = self.pairs(depth, u, z2.device) == depth // 2 - 1
+        if (self.pairs(self.all, depth, u) == depth // 2 - 1).any():
+            there = self.pairs(self.own, depth, u) == depth // 2 - 1
             self.ends = torch.where(there[:, None, None, None], z2, self.ends)
             self.arrived = self.arrived | there
 

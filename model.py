@@ -496,14 +496,15 @@ def launch(main):
     try:
         main()
     except SystemExit as e:
-        if int(os.environ.get("RANK", 0)) and e.code:         # torchrun ends this process when rank 0 has ended:
-            time.sleep(3)                                     # if it still runs then, the error is its own
+        if int(os.environ.get("RANK", 0)) and isinstance(e.code, str):
+            time.sleep(3)                                     # torchrun ends this process if rank 0 met the error too
         raise
     except RuntimeError as e:                                 # NCCL's errors are of this kind too
         if ranks() == 1 or not any(sign in str(e) for sign in ("onnection", "NCCL", "imed out")):
             raise
-        sys.exit(1 if rank() > 1 else f"error: another process of this run has died, or can't be reached "
-                                      f"({str(e).splitlines()[0][:160]}). What was saved is whole: --resume goes on")
+        why = str(e).splitlines()[0].split("] ", 1)[-1][:90]
+        sys.exit(1 if rank() > 1 else f"error: another process of this run has died, or can't be reached ({why}). "
+                                      f"What was saved is whole: --resume goes on from there")
     if dist.is_initialized():
         dist.destroy_process_group()
 

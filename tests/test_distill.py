@@ -365,7 +365,7 @@ def test_stagger_covers_all_noise_levels_in_every_update():
         assert_close(t - t1, torch.full_like(t, 1 / 8))
         assert len(spy.calls) == (2 if step else 2 + 3)       # once, to spread them
         if step:
-            moved = points.pairs(8, step) != 0                # a new walk begins with noise, the others go on
+            moved = points.pairs(points.all, 8, step) != 0    # a new walk begins with noise, the others go on
             assert_close(t[moved], (previous - 0.25)[moved])
             assert not torch.equal(was, points.z)
         previous = t
