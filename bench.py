@@ -1,29 +1,44 @@
-"""Measure what an update of distillation costs: time and peak memory of each method, side by side.
+"""Measure how fast everything is, side by side: training, distillation, sampling, features for FID, reading data.
 
-    python bench.py                                       # small32 at 32x32, batch 32
-    python bench.py --model unet64 --size 64 --batch 8    # the 37 M network of the 64x64 presets
-    python bench.py --model imagenet256 --batch 8 --methods dsdi    # LDM's, guided, on latents
+    python bench.py                                                  # small32 at 32x32 on this machine
+    python bench.py train distill --model unet64 --size 64 --batch 8 # some of it, for the 37 M network of the presets
+    python bench.py --model unet64 --batch 128 --compile default     # on a GPU: the celeba64 preset, eager and compiled
+    python bench.py distill --model imagenet256 --batch 8 --methods dsdi     # LDM's, guided, on latents
+    python bench.py train --profile                                  # where the time of an update goes
 
-Time: the methods take turns in one process, update by update, and the median counts; the network has random
-weights, which cost the same as trained ones. Memory: the peak of a process of its own for each method (on a GPU,
-of what was allocated there).
+All that a table compares takes turns in one process, call by call, and medians count: a machine that is busy for
+a while slows all alike. Networks have random weights, which cost the same as trained ones. Where diffusers or
+pytorch-fid are installed, they have a row too. Leaves OUT/bench.md, and OUT/bench.json with every single time.
 """
 
 import argparse
+import json
 import multiprocessing
+import platform
+import re
 import resource
 import statistics
 import sys
 import time
+from itertools import count
+from pathlib import Path
+from unittest import mock
 
 import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import distill
+import train
+from data import load_data
+from fid import Features, Inception
 from ldm import DIFFUSION, MODELS
-from model import CONFIGS, UNet, UNetConfig, param_count, pick_device, pick_dtype
+from model import CONFIGS, UNet, UNetConfig, memory_format, param_count, pick_device, pick_dtype
+from sample import Sampler
 
-# What one update needs: evaluations, of which one with a backward pass, and copies of the weights beside the student's
+# What one update of a distillation needs: evaluations, of which one with a backward pass, and copies of the weights
 METHODS = {
     "dsdi": (dict(schedule="dsdi"), 2, "–"),
     "dsdi --target-ema D, D = --ema": (dict(schedule="dsdi", target_ema=0.98), 2, "–"),
@@ -37,41 +52,153 @@ def config_of(name):
     return UNetConfig(**CONFIGS[name]) if name in CONFIGS else MODELS[name].unet
 
 
+# ---- measuring ----------------------------------------------------------------------------------------
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def race(contestants, repeats, device, title, at_once=1):
+    """{name: [seconds of a call, …]} of {name: function without arguments}, which take turns.
+
+    at_once  calls between two looks at the clock: on a GPU several, as a real loop does not wait for each
+    """
+    times = {name: [] for name in contestants}
+    with tqdm(total=(repeats + 1) * len(contestants), desc=title, unit="call", dynamic_ncols=True) as bar:
+        for repeat in range(repeats + 1):
+            for name, call in contestants.items():
+                for _ in range(2 if repeat == 0 else 0):      # the first calls warm up, and compile
+                    call()
+                wait(device)
+                start = time.perf_counter()
+                for _ in range(at_once):
+                    call()
+                wait(device)
+                if repeat:
+                    times[name].append((time.perf_counter() - start) / at_once)
+                bar.update()
+    return times
+
+
+def rows(times, per_call, unit, reference=None):
+    """Table rows of `race`'s times: the median, units per second, and how many times as fast as `reference` it is."""
+    found = []
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        row = {"what": name, "s": median, f"{unit}/s": per_call / median}
+        if reference in times:
+            row[f"times as fast as {reference}"] = statistics.median(times[reference]) / median
+        found.append(row | {"seconds": seconds})
+    return found
+
+
+def matmul_peak(device, dtype, n=4096, repeats=10):
+    """FLOP/s of a plain n x n matrix product: what arithmetic can reach here, measured."""
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    a, b = (torch.randn(n, n, device=device).to(kind) for _ in range(2))
+    times = race({"": lambda: a @ b}, repeats, device, f"{n} x {n} matrix product", 10 if device.type == "cuda" else 1)
+    return 2 * n ** 3 / statistics.median(times[""])
+
+
+def flops(call):
+    """The floating-point operations of the convolutions and matrix products in a call, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+# ---- what is measured: each returns (title, rows) ---------------------------------------------------------
+
+
+def train_settings(args, **settings):
+    found = train.parse_args(["--updates", "1000000"])
+    vars(found).update(batch=args.batch, ema_device=args.ema_device, checkpointing=args.checkpointing,
+                       dtype=args.dtype, warmup=0, lr=1e-6, **settings)
+    return found
+
+
+class Twin(nn.Module):
+    """diffusers' UNet2DModel of the same widths, depth, attention and parameter count."""
+
+    def __init__(self, c, size):
+        super().__init__()
+        from diffusers import UNet2DModel
+        attends, self.config = [2 ** i in c.attention for i in range(len(c.mult))], c
+        self.net = UNet2DModel(
+            sample_size=size, in_channels=c.in_channels, out_channels=c.in_channels, layers_per_block=c.blocks,
+            block_out_channels=[m * c.channels for m in c.mult], attention_head_dim=c.head_channels,
+            down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+            up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+            norm_num_groups=c.groups, norm_eps=1e-5, dropout=c.dropout)
+
+    def forward(self, z, t):
+        return self.net(z, 1000 * t).sample
+
+
+def an_update(args, net, b, layout=None, compiled=""):
+    """A function that makes one update of train.py's loop, of this network, with random images."""
+    about = dict(schedule="cosine", predicts="v", shape=[3, args.size, args.size])
+    layout = layout or memory_format(args.device)
+    with mock.patch("train.memory_format", lambda device: layout):
+        run = train.Run(train_settings(args, compile=compiled), net, args.device, about)
+    x = torch.rand(args.batch, *about["shape"], device=args.device).contiguous(memory_format=layout) * 2 - 1
+    losses, step = train.Losses(run, iter(lambda: (x, None), None), b), count()
+    return lambda: run.update(losses(next(step)))
+
+
+def train_rows(args):
+    """Updates of train.py: forward, backward, clipping, Adam, average."""
+    config = config_of(args.model)
+    new = lambda: UNet(config)  # noqa: E731
+    calls = {"plain": an_update(args, new(), 0.0), "--distill 0.15": an_update(args, new(), 0.15)}
+    if args.compile:
+        calls |= {f"{name} --compile {args.compile}": an_update(args, new(), b, compiled=args.compile)
+                  for name, b in (("plain", 0.0), ("--distill 0.15", 0.15))}
+    try:
+        twin = lambda: Twin(config, args.size)  # noqa: E731
+        if param_count(twin()) != param_count(new()):
+            print("diffusers has no UNet2DModel of this size", file=sys.stderr)
+        else:
+            for name, layout in (("", torch.contiguous_format), (", channels last", torch.channels_last)):
+                calls[f"diffusers{name}"] = an_update(args, twin(), 0.0, layout)
+            if args.compile:
+                calls[f"diffusers --compile {args.compile}"] = an_update(args, twin(), 0.0, compiled=args.compile)
+    except ImportError:
+        print("diffusers is not installed: no row for it (pip install diffusers)", file=sys.stderr)
+    work = {b: flops(an_update(args, new(), b)) for b in (0.0, 0.15)}
+    times = race(calls, args.repeats, args.device, "training", args.at_once)
+    theirs = [name for name in times if name.startswith("diffusers") and "--compile" not in name]
+    reference = min(theirs or ["plain"], key=lambda name: statistics.median(times[name]))      # at its best
+    found = rows(times, args.batch, "images", reference)
+    peak = matmul_peak(args.device, args.dtype)
+    for row in found:
+        row["GFLOP"] = work[0.15 if "distill" in row["what"] else 0.0] / 1e9
+        row["MFU"] = 1e9 * row["GFLOP"] / row["s"] / peak
+    if args.profile:
+        explain(calls["plain" + (f" --compile {args.compile}" if args.compile else "")], args)
+    return (f"Training updates of {args.batch} (MFU: GFLOP counted for our network, over the {peak / 1e12:.3g} TFLOP/s "
+            f"that a {args.dtype} product of two 4096 x 4096 matrices reaches)", found)
+
+
 class Method:
     """One of METHODS, ready to be called once for each update."""
 
     def __init__(self, args, name):
-        device = pick_device(args.device)
-        settings = distill.parse_args(["--updates", "10000", "--lr", "1e-6"])
-        vars(settings).update(METHODS[name][0], batch=args.batch, compile=args.compile,
-                              checkpointing=args.checkpointing, ema_device=args.ema_device,
-                              dtype=pick_dtype(args.dtype, device))
+        settings = distill.parse_args(["--updates", "1000000", "--lr", "1e-6"])
+        vars(settings).update(METHODS[name][0], batch=args.batch, compile=args.compile, dtype=args.dtype,
+                              checkpointing=args.checkpointing, ema_device=args.ema_device)
         torch.manual_seed(0)
         diffusion = dict(schedule="cosine", predicts="v") if args.model in CONFIGS else DIFFUSION
         about = diffusion | dict(shape=[3, args.size, args.size])
-        images = torch.rand(args.batch, *about["shape"], device=device) * 2 - 1
-        labels = torch.zeros(args.batch, dtype=torch.long, device=device)
+        images = torch.rand(args.batch, *about["shape"], device=args.device) * 2 - 1
+        labels = torch.zeros(args.batch, dtype=torch.long, device=args.device)
         self.run, self.updates = distill.setup(
-            settings, UNet(config_of(args.model)), device, about, iter(lambda: (images, labels), None))
+            settings, UNet(config_of(args.model)), args.device, about, iter(lambda: (images, labels), None))
 
     def __call__(self):
-        with self.run.autocast():
-            loss, _ = self.updates(self.run.step)
-        self.run.update(loss)
-        if self.run.device.type == "cuda":
-            torch.cuda.synchronize(self.run.device)
-
-
-def seconds(args):
-    """Median seconds per update of each method, the methods taking turns."""
-    methods, times = {name: Method(args, name) for name in args.methods}, {name: [] for name in args.methods}
-    for repeat in tqdm(range(args.repeats + 2), desc="timing", unit="round", dynamic_ncols=True):
-        for name, update in methods.items():
-            start = time.perf_counter()
-            update()
-            if repeat >= 2:                                   # the first ones warm up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
+        self.run.update(self.updates(self.run.step))
 
 
 def peak(args, name):
@@ -79,8 +206,11 @@ def peak(args, name):
     update = Method(args, name)
     for _ in range(4):
         update()
-    if update.run.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(update.run.device)
+    if args.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(args.device)
+    status = Path("/proc/self/status")
+    if status.exists():                                       # ru_maxrss would be the parent's where that was larger
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -93,24 +223,146 @@ def peaks(args):
     return found
 
 
+def distill_rows(args):
+    """Updates of distill.py, method by method, and their peak memory."""
+    memory = peaks(args)
+    calls = {name: Method(args, name) for name in args.methods}
+    times = race(calls, args.repeats, args.device, "distillation", args.at_once)
+    found = rows(times, args.batch, "images")
+    with torch.device("meta"):
+        weights = param_count(UNet(config_of(args.model))) * 4 / 2 ** 20
+    for row in found:
+        _, row["evaluations"], row["further weights"] = METHODS[row["what"]]
+        row["peak MiB"] = memory[row["what"]] / 2 ** 20
+        if "tsd" in times:
+            row["time of TSD's"] = row["s"] / statistics.median(times["tsd"])
+            row["MiB less than TSD"] = (memory["tsd"] - memory[row["what"]]) / 2 ** 20
+    if args.profile:
+        explain(calls[args.methods[0]], args)
+    return f"Distillation updates of {args.batch} ({weights:.1f} MiB of weights)", found
+
+
+def sample_rows(args):
+    """Images of sample.py's sampler, from noise to pixels or latents."""
+    config = config_of(args.model)
+    diffusion = dict(schedule="cosine", predicts="v") if args.model in CONFIGS else DIFFUSION
+    net = UNet(config).to(args.device, memory_format=memory_format(args.device)).eval().requires_grad_(False)
+    sampler = Sampler(net, diffusion | dict(shape=[3, args.size, args.size]), args.device, args.dtype,
+                      list(range(config.classes)) or None)
+    calls = {f"{steps} steps": lambda steps=steps: sampler(range(args.batch), steps) for steps in args.steps}
+    found = rows(race(calls, max(2, args.repeats // 4), args.device, "sampling"), args.batch, "images")
+    for row in found:
+        row["minutes for 50,000"] = 50_000 / row["images/s"] / 60
+    return f"Sampling, {args.batch} images at a time", found
+
+
+def fid_rows(args):
+    """Inception features of images, float32 and bfloat16, and pytorch-fid's own network."""
+    images = torch.randint(256, (50, args.size, args.size, 3), dtype=torch.uint8).numpy()
+    net = Inception().eval().requires_grad_(False).to(args.device, memory_format=torch.channels_last)
+    exact, rough = (Features(net, "bench", args.device, dtype) for dtype in ("fp32", "bf16"))
+    calls = {"fid.py": lambda: exact(images), "fid.py --features bf16": lambda: rough(images)}
+    try:
+        from pytorch_fid import inception
+        # Random weights do here, where it would download its own.
+        with (mock.patch.object(inception, "load_state_dict_from_url", lambda *args, **kw: {}),
+              mock.patch.object(nn.Module, "load_state_dict", lambda *args: None)):
+            theirs = inception.InceptionV3().eval().to(args.device)
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255).to(args.device)
+        calls["pytorch-fid"] = torch.no_grad()(lambda: theirs(x))
+    except (ImportError, RuntimeError) as e:                  # a torchvision of another torch raises the latter
+        print(f"no row for pytorch-fid, which can't be imported ({e})", file=sys.stderr)
+    times = race(calls, max(2, args.repeats // 4), args.device, "features")
+    return "Features for FID, 50 images at a time", rows(times, len(images), "images", "pytorch-fid")
+
+
+def data_rows(args):
+    """Batches out of the packed cache, as train.py's loop reads them in a thread beside its updates."""
+    images, step = load_data(args.data, args.size, None, args.cache), count()
+    times = race({f"{args.size}x{args.size}": lambda: images.batch(next(step), args.batch, seed=0)}, 10 * args.repeats,
+                 torch.device("cpu"), "reading")
+    return f"Batches of {args.batch} from the packed cache", rows(times, args.batch, "images")
+
+
+GROUPS = {"train": train_rows, "distill": distill_rows, "sample": sample_rows, "fid": fid_rows, "data": data_rows}
+
+
+def explain(call, args):
+    """Print where the time of a call goes and, on a GPU, for how much of it the GPU was at work at all."""
+    gpu = args.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * gpu]) as found:
+        start = time.perf_counter()
+        for _ in range(3):
+            call()
+        wait(args.device)
+        seconds = time.perf_counter() - start
+    table = found.key_averages()
+    column = "self_device_time_total" if gpu else "self_cpu_time_total"
+    print(table.table(sort_by=column, row_limit=15, max_name_column_width=60))
+    if gpu:
+        busy = sum(e.self_device_time_total for e in table if e.device_type == torch.autograd.DeviceType.CUDA) / 1e6
+        print(f"the GPU was at work for {busy / seconds:.0%} of the time; launching bounds what is far below 100 %")
+
+
+# ---- tables -------------------------------------------------------------------------------------------
+
+
+def table(title, found):
+    """Markdown of one group's rows."""
+    columns = [k for k in dict.fromkeys(k for row in found for k in row) if k != "seconds"]
+    cell = lambda v: f"{v:,.0f}" if isinstance(v, float) and v >= 1000 else f"{v:.3g}" if isinstance(v, float) else str(v)  # noqa: E731, E501
+    lines = [f"**{title}**", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *(f"| {' | '.join(cell(row.get(k, '–')) for k in columns)} |" for row in found)])
+
+
+def machine(args):
+    """What the numbers were measured on, in words."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = (line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line)
+        name = next(models, name)
+    gpu = args.device.type == "cuda"
+    name = torch.cuda.get_device_name(args.device) if gpu else f"{torch.get_num_threads()} threads of {name}"
+    return f"{name}, torch {torch.__version__}, {args.dtype}"
+
+
+# ---- command line ---------------------------------------------------------------------------------------
+
+
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(GROUPS)} (default: all)")
     p.add_argument("--model", choices=[*CONFIGS, *MODELS], default="small32", help="the UNet (default: small32)")
-    p.add_argument("--size", type=int, help="side of the images in pixels; for LDM's: of the latents (default: 32; 64)")
+    p.add_argument("--size", type=int,
+                   help="side of the images in pixels; for LDM's: of the latents (default: the model's)")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="METHOD",
                    help=f"of {', '.join(METHODS)} (default: all of them, which are in memory together when timed)")
+    p.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8, 64], metavar="N",
+                   help="step counts for sampling (default: 2 4 8 64)")
     p.add_argument("--batch", type=int, default=32, help="images per update (default: 32)")
-    p.add_argument("--repeats", type=int, default=20, help="updates of each method that count (default: 20)")
+    p.add_argument("--repeats", type=int, default=20, help="calls of each that count (default: 20)")
+    p.add_argument("--data", metavar="PATH", help="images to read (default: the built-in pictures)")
+    p.add_argument("--cache", metavar="DIR", help="where packed images are kept (default: $DSD_CACHE or ~/.cache/dsd)")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     p.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
                    help="precision of the network's insides (default: bf16 where the hardware has it)")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
+    train.compile_flag(p)
+    p.add_argument("--profile", action="store_true", help="also print where the time of an update goes")
     p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="as in distill.py")
     p.add_argument("--ema-device", choices=["same", "cpu"], default="same", help="as in distill.py")
+    p.add_argument("--out", default="out/bench", metavar="DIR", help="folder of bench.md and bench.json")
     args = p.parse_args(argv)
-    args.size = args.size if args.size is not None else 32 if args.model in CONFIGS else 64
-    if min(args.size, args.batch, args.repeats) < 1:
-        p.error("--size, --batch and --repeats must be at least 1")
+    unknown = set(args.what) - set(GROUPS)
+    if unknown:
+        p.error(f"{', '.join(sorted(unknown))}: not among {', '.join(GROUPS)}")
+    small = args.model in CONFIGS
+    args.what = [g for g in GROUPS if g in (args.what or GROUPS) and (small or args.what or g in ("distill", "sample"))]
+    if not small and "train" in args.what:
+        p.error(f"train.py does not train {args.model}: measure distill or sample")
+    args.size = args.size if args.size is not None else {"toy": 16, "small32": 32}.get(args.model, 64)
+    if min(args.size, args.batch, args.repeats, *args.steps) < 1:
+        p.error("--size, --batch, --steps and --repeats must be at least 1")
     sides = 2 ** (len(config_of(args.model).mult) - 1)
     if args.size % sides:
         p.error(f"--size {args.size} must be divisible by {sides}, as {args.model} halves the image")
@@ -119,20 +371,27 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    memory, times = peaks(args), seconds(args)
-    with torch.device("meta"):
-        weights = param_count(UNet(config_of(args.model))) * 4 / 2 ** 20
-    print(f"\n{args.model} ({weights:.1f} MiB of weights), {args.size}x{args.size}, batch {args.batch}, "
-          f"medians of {args.repeats}\n")
-    print("| method | evaluations | further weights | s/update | of TSD | peak MiB | TSD − this |")
-    print("|---|---|---|---|---|---|---|")
-    for name in args.methods:
-        _, evaluations, further = METHODS[name]
-        ratio, saved = "–", "–"
-        if "tsd" in times:
-            ratio, saved = f"{times[name] / times['tsd']:.2f}", f"{(memory['tsd'] - memory[name]) / 2 ** 20:,.1f}"
-        print(f"| {name} | {evaluations} | {further} | {times[name]:.4g} | {ratio} "
-              f"| {memory[name] / 2 ** 20:,.0f} | {saved} |")
+    args.device = pick_device(args.device)
+    args.dtype = pick_dtype(args.dtype, args.device)
+    args.at_once = 10 if args.device.type == "cuda" else 1
+    out, groups, text = Path(args.out), {}, []
+    for what in args.what:
+        torch.manual_seed(0)
+        title, found = GROUPS[what](args)
+        groups[what] = dict(title=title, rows=found)
+        text += ["", table(title, found)]
+        print(f"\n{text[-1]}", file=sys.stderr)
+    settings = {k: str(v) if k == "device" else v for k, v in vars(args).items()}
+    about = f"`python bench.py {' '.join(argv if argv is not None else sys.argv[1:])}`: {args.model} at {args.size}x" \
+            f"{args.size}; medians; {machine(args)}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "bench.md").write_text("\n".join([about, *text, ""]))
+        (out / "bench.json").write_text(json.dumps(dict(about=about, settings=settings, groups=groups), indent=1))
+    except OSError as e:
+        sys.exit(f"error: can't write to {out} ({e.strerror or e})")
+    print("\n".join([about, *text]))
+    print(f"wrote {out}/bench.md and bench.json", file=sys.stderr)
 
 
 if __name__ == "__main__":

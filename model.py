@@ -347,7 +347,8 @@ def pick_device(name="auto"):
     except (RuntimeError, AssertionError) as e:
         sys.exit(f"error: --device {name} can't be used here ({str(e).splitlines()[0]})")
     if name.startswith("cuda"):
-        torch.cuda.set_device(name)
+        if ":" in name:
+            torch.cuda.set_device(name)                       # for the collectives that name no device
         torch.backends.cudnn.benchmark = True                 # the shapes never change
     if name == "cpu":
         _keep_freed_memory()

@@ -22,6 +22,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -156,14 +157,17 @@ class Run:
     def ckpt(self):
         return self.out / "ckpt.pt"
 
+    @cached_property
+    def schedule(self):
+        return SCHEDULES[self.about["schedule"]]()
+
     def compiled(self, net):
         """A network as --compile wants it."""
         return torch.compile(net, mode=self.args.compile) if self.args.compile else net
 
     def denoiser(self, net):
         """x̂ of this run's network, or of one like it: the network wrapped for several ranks, an average, a teacher."""
-        schedule, null = SCHEDULES[self.about["schedule"]](), self.net.config.classes or None
-        return Denoiser(net, schedule, self.about["predicts"], null)
+        return Denoiser(net, self.schedule, self.about["predicts"], self.net.config.classes or None)
 
     def draw(self, kind, *shape, **settings):
         """Random numbers for each image of the batch, this rank's rows: kind(batch, *shape), e.g. of torch.randn.
@@ -198,7 +202,8 @@ class Run:
         for part in range(count):
             # Ranks exchange their gradients in the last backward pass only.
             alone = self.shared.no_sync() if ranks() > 1 and part < count - 1 else contextlib.nullcontext()
-            torch.compiler.cudagraph_mark_step_begin()        # what an earlier update's graphs put out is done with
+            if self.args.compile:
+                torch.compiler.cudagraph_mark_step_begin()    # what the last update's CUDA graphs put out is done with
             with alone:
                 with self.autocast():
                     loss, terms = next(losses)

@@ -1,21 +1,42 @@
 """The measurements of bench.py: that they measure what they say."""
 
+import json
+import re
+
 import pytest
+import torch
 
 import bench
+from model import UNet, param_count
 
-TINY = ["--model", "toy", "--size", "8", "--batch", "2", "--repeats", "1", "--dtype", "fp32"]
+TINY = ["--model", "toy", "--size", "8", "--batch", "2", "--repeats", "1", "--dtype", "fp32", "--steps", "1", "3"]
 
 
-def test_every_method_is_timed():
-    args = bench.parse_args(TINY)
-    times = bench.seconds(args)
-    assert times.keys() == bench.METHODS.keys() and all(0 < t < 60 for t in times.values())
+def settings(*flags):
+    args = bench.parse_args([*TINY, *flags])
+    args.device, args.at_once = torch.device("cpu"), 1
+    return args
+
+
+def test_every_group_leaves_its_rows(tmp_path, capsys):
+    """Medians, rates and ratios that fit together, in Markdown and in JSON."""
+    bench.main([*TINY, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")])
+    found = json.loads((tmp_path / "out" / "bench.json").read_text())
+    groups = {name: {row["what"]: row for row in g["rows"]} for name, g in found["groups"].items()}
+    assert groups.keys() == bench.GROUPS.keys()
+    assert {"plain", "--distill 0.15"} <= groups["train"].keys() and groups["distill"].keys() == bench.METHODS.keys()
+    assert groups["sample"].keys() == {"1 steps", "3 steps"} and "fid.py" in groups["fid"]
+    for row in groups["train"].values():
+        assert row["images/s"] == pytest.approx(2 / row["s"]) and 0 < row["MFU"] < 1 and len(row["seconds"]) == 1
+    assert groups["distill"]["tsd"]["time of TSD's"] == 1 and groups["distill"]["tsd"]["MiB less than TSD"] == 0
+    text = (tmp_path / "out" / "bench.md").read_text()
+    assert text.strip() in capsys.readouterr().out
+    assert re.search(r"^\| dsdi \|.*\| 2 \| – \|", text, flags=re.M) and "threads of" in text
 
 
 @pytest.mark.parametrize("name", bench.METHODS)
 def test_evaluations_and_copies_are_those_of_the_table(name):
-    method = bench.Method(bench.parse_args(TINY), name)
+    method = bench.Method(settings(), name)
     _, evaluations, further = bench.METHODS[name]
     nets = [method.run.net, method.run.ema, *(p for p in method.run.parts.values() if hasattr(p, "register_buffer"))]
     calls = []
@@ -26,8 +47,31 @@ def test_evaluations_and_copies_are_those_of_the_table(name):
     assert len(nets) - 2 == (further != "–")
 
 
-@pytest.mark.parametrize("flags", [["--size", "9"], ["--batch", "0"], ["--repeats", "0"]])
-def test_sizes_that_can_not_be_are_refused(flags, capsys):
+def test_contestants_take_turns_and_warm_up():
+    order = []
+    times = bench.race({k: lambda k=k: order.append(k) for k in "ab"}, 3, torch.device("cpu"), "")
+    assert "".join(order) == "aaabbb" + "ab" * 3              # twice to warm up, once unrecorded, then in turn
+    assert [len(t) for t in times.values()] == [3, 3]
+
+
+def test_the_count_of_operations_is_that_of_the_formula():
+    """A 3x3 convolution: 2 · 9 · Cin · Cout · H · W · B; backward the same for its weights, and again for its input."""
+    conv, x = torch.nn.Conv2d(4, 6, 3, padding=1), torch.randn(2, 4, 8, 8, requires_grad=True)
+    assert bench.flops(lambda: conv(x).sum().backward()) == 3 * 2 * 9 * 4 * 6 * 8 * 8 * 2
+
+
+@pytest.mark.parametrize("model", ["toy", "small32", "unet64"])
+def test_the_twin_of_diffusers_has_our_size(model):
+    pytest.importorskip("diffusers")
+    config = bench.config_of(model)
+    with torch.device("meta"):
+        assert param_count(bench.Twin(config, 32)) == param_count(UNet(config))
+
+
+@pytest.mark.parametrize("what,flags,message", [
+    ([], ["--size", "9"], "--size 9"), ([], ["--batch", "0"], "--batch"), ([], ["--repeats", "0"], "--repeats"),
+    (["speed"], [], "speed: not among train"), (["train"], ["--model", "celebahq256"], "does not train celebahq256")])
+def test_what_can_not_be_measured_is_refused(what, flags, message, capsys):
     with pytest.raises(SystemExit):
-        bench.parse_args([*TINY, *flags])
-    assert "--size" in capsys.readouterr().err
+        bench.parse_args([*what, *TINY, *flags])
+    assert message in capsys.readouterr().err

@@ -13,9 +13,9 @@ SCRIPTS = ["train", "distill", "sample", "fid", "bench"]
 
 
 def commands():
-    """Every `python script.py …` of the README and of the scripts' docstrings, without comments."""
+    """Every `python script.py …`, or torchrun, of the README and of the scripts' docstrings, without comments."""
     texts = [README, *(importlib.import_module(s).__doc__ for s in SCRIPTS)]
-    found = re.findall(r"python (\w+)\.py([^\n`#]*)", "\n".join(texts).replace("\\\n", " "))
+    found = re.findall(r"(?:python|torchrun(?: --\w+=\S+)*) (\w+)\.py([^\n`#]*)", "\n".join(texts).replace("\\\n", " "))
     return sorted({(script, flags.strip().rstrip(";.,)")) for script, flags in found if "--help" not in flags})
 
 
