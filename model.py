@@ -401,11 +401,9 @@ def autocast(device, dtype):
 
 
 def _meet(device):
-    """Join the process group: tensors on the CPU travel by gloo, on GPUs by NCCL. Only rank 0 prints."""
+    """Join the process group: tensors on the CPU travel by gloo, on GPUs by NCCL."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    if rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
 
 def where(device):
@@ -493,11 +491,14 @@ def progress(**settings):
 
 
 def launch(main):
-    """Run a script's main. Under torchrun an error that all ranks meet is told by rank 0, a lost rank in one line."""
+    """Run a script's main. Under torchrun only rank 0 prints, and tells errors that all meet or that end a rank."""
+    other = int(os.environ.get("RANK", 0)) > 0
+    if other:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     try:
         main()
     except SystemExit as e:
-        if int(os.environ.get("RANK", 0)) and isinstance(e.code, str):
+        if other and isinstance(e.code, str):
             time.sleep(3)                                     # torchrun ends this process if rank 0 met the error too
         raise
     except RuntimeError as e:                                 # NCCL's errors are of this kind too
