@@ -212,7 +212,17 @@ class Upsample(nn.Conv2d):
         super().__init__(ch, ch, 3, padding=1)
 
     def forward(self, h):
-        return super().forward(F.interpolate(h, scale_factor=2, mode="nearest"))
+        """On a CPU both at once, as a transposed convolution of the small image: 16 products in place of 36.
+
+        Of three neighbours in the doubled image two are the same pixel: their weights add up.
+        """
+        if h.device.type != "cpu":
+            return super().forward(F.interpolate(h, scale_factor=2, mode="nearest"))
+        w = self.weight
+        for dim in (2, 3):
+            first, middle, last = w.unbind(dim)
+            w = torch.stack([last, middle + last, first + middle, first], dim)
+        return F.conv_transpose2d(h, w.transpose(0, 1), self.bias, stride=2, padding=1)
 
 
 class Stage(nn.Module):

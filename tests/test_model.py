@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from model import (
@@ -11,6 +12,7 @@ from model import (
     CheckpointError,
     UNet,
     UNetConfig,
+    Upsample,
     load_checkpoint,
     load_model,
     param_count,
@@ -87,6 +89,15 @@ def test_attention_is_softmax_of_scaled_products():
         heads.append(torch.softmax(q @ key.mT / 8 ** 0.5, dim=2) @ v)
     expected = h + (torch.cat(heads, dim=2) @ layer.proj.weight.T + layer.proj.bias).mT.reshape(h.shape)
     assert_close(layer(h), expected)
+
+
+def test_upsample_is_a_convolution_of_the_doubled_image():
+    torch.manual_seed(0)
+    layer, h = Upsample(4).double(), torch.randn(2, 4, 3, 5, dtype=torch.double, requires_grad=True)
+    plain = F.conv2d(h.repeat_interleave(2, 2).repeat_interleave(2, 3), layer.weight, layer.bias, padding=1)
+    assert_close(layer(h), plain)
+    leaves, g = [h, layer.weight, layer.bias], torch.randn_like(plain)
+    assert_close(torch.autograd.grad(layer(h), leaves, g), torch.autograd.grad(plain, leaves, g))
 
 
 def test_time_embedding_is_the_sinusoid_of_1000_t():

@@ -1,7 +1,6 @@
 """What makes the loops fast on a GPU, as far as a machine without one can tell."""
 
 import contextlib
-import types
 
 import pytest
 import torch
@@ -29,9 +28,19 @@ class NoWaiting(TorchDispatchMode):
         return out
 
 
+class NoGenerator:
+    """There is none for "meta": random numbers are then those of no generator, None."""
+
+    def __init__(self, device):
+        pass
+
+    def manual_seed(self, seed):
+        pass
+
+
 @pytest.fixture
 def meta(monkeypatch):
-    monkeypatch.setattr(torch, "Generator", lambda device: types.SimpleNamespace(manual_seed=lambda seed: None))
+    monkeypatch.setattr(torch, "Generator", NoGenerator)
     monkeypatch.setattr(torch, "autocast", lambda *args, **kw: contextlib.nullcontext())
 
     def network(**kw):
