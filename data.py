@@ -510,8 +510,15 @@ class Images:
 
 
 def to_tensor(pixels):
-    """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+    """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in [-1, 1].
+
+    By numpy: batches are read in a thread, and one that used torch would bring threads of its own, which go on spinning
+    after each operation and take the cores from the network: a fifth of the time of an update on a CPU.
+    """
+    x = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
+    x /= 127.5
+    x -= 1
+    return torch.from_numpy(x)
 
 
 def to_pixels(x):

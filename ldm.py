@@ -666,7 +666,7 @@ class Latents(Images):
 
     def read(self, index, mirrored):
         """Latents number `index` (B,) as (B, C, h, w) float32; those in the mask `mirrored` of the mirrored image."""
-        return torch.from_numpy(self.latents[index, mirrored.astype(int)]).float()
+        return torch.from_numpy(self.latents[index, mirrored.astype(int)].astype(np.float32))
 
     def _encode(self, net, path, shape, device, dtype):
         part, one = path.with_suffix(".part"), 2 * int(np.prod(shape[1:]))     # bytes of an image and its mirror image
