@@ -137,6 +137,11 @@ class Twin(nn.Module):
         return self.net(z, 1000 * t).sample
 
 
+def no_row(package, error):
+    """Say why a comparison is missing; there is nothing to return."""
+    print(f"no row for {package}, which can't be used here ({' '.join(str(error).split())[-120:]})", file=sys.stderr)
+
+
 def an_update(args, net, b, layout=None, compiled=""):
     """A function that makes one update of train.py's loop, of this network, with random images."""
     about = dict(schedule="cosine", predicts="v", shape=[3, args.size, args.size])
@@ -157,16 +162,14 @@ def train_rows(args):
         calls |= {f"{name} --compile {args.compile}": an_update(args, new(), b, compiled=args.compile)
                   for name, b in (("plain", 0.0), ("--distill 0.15", 0.15))}
     try:
-        twin = lambda: Twin(config, args.size)  # noqa: E731
-        if param_count(twin()) != param_count(new()):
-            print("diffusers has no UNet2DModel of this size", file=sys.stderr)
-        else:
-            for name, layout in (("", torch.contiguous_format), (", channels last", torch.channels_last)):
-                calls[f"diffusers{name}"] = an_update(args, twin(), 0.0, layout)
-            if args.compile:
-                calls[f"diffusers --compile {args.compile}"] = an_update(args, twin(), 0.0, compiled=args.compile)
-    except ImportError:
-        print("diffusers is not installed: no row for it (pip install diffusers)", file=sys.stderr)
+        twins = [Twin(config, args.size) for _ in range(2 + bool(args.compile))]
+    except (ImportError, RuntimeError) as e:                  # the latter is how diffusers tells of a broken one
+        twins = no_row("diffusers", e)
+    if twins:
+        calls["diffusers"] = an_update(args, twins[0], 0.0, torch.contiguous_format)
+        calls["diffusers, channels last"] = an_update(args, twins[1], 0.0, torch.channels_last)
+        if args.compile:
+            calls[f"diffusers --compile {args.compile}"] = an_update(args, twins[2], 0.0, compiled=args.compile)
     work = {b: flops(an_update(args, new(), b)) for b in (0.0, 0.15)}
     times = race(calls, args.repeats, args.device, "training", args.at_once)
     theirs = [name for name in times if name.startswith("diffusers") and "--compile" not in name]
@@ -271,7 +274,7 @@ def fid_rows(args):
         x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255).to(args.device)
         calls["pytorch-fid"] = torch.no_grad()(lambda: theirs(x))
     except (ImportError, RuntimeError) as e:                  # a torchvision of another torch raises the latter
-        print(f"no row for pytorch-fid, which can't be imported ({e})", file=sys.stderr)
+        no_row("pytorch-fid", e)
     times = race(calls, max(2, args.repeats // 4), args.device, "features")
     return "Features for FID, 50 images at a time", rows(times, len(images), "images", "pytorch-fid")
 
