@@ -98,7 +98,10 @@ def matmul_peak(device, dtype, n=4096, repeats=10):
     """FLOP/s of a plain n x n matrix product: what arithmetic can reach here, measured."""
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     a, b = (torch.randn(n, n, device=device).to(kind) for _ in range(2))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")                # TF32 on a GPU, as its convolutions have it
     times = race({"": lambda: a @ b}, repeats, device, f"{n} x {n} matrix product", 10 if device.type == "cuda" else 1)
+    torch.set_float32_matmul_precision(before)
     return 2 * n ** 3 / statistics.median(times[""])
 
 
@@ -206,6 +209,7 @@ class Method:
 
 def peak(args, name):
     """Peak memory in bytes of a few updates of a method; meant for a fresh process."""
+    args.device = pick_device(str(args.device))               # sets up the process as for a run
     update = Method(args, name)
     for _ in range(4):
         update()
@@ -303,7 +307,8 @@ def explain(call, args):
     column = "self_device_time_total" if gpu else "self_cpu_time_total"
     print(table.table(sort_by=column, row_limit=15, max_name_column_width=60))
     if gpu:
-        busy = sum(e.self_device_time_total for e in table if e.device_type == torch.autograd.DeviceType.CUDA) / 1e6
+        busy = sum(e.self_device_time_total for e in table
+                   if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation) / 1e6
         print(f"the GPU was at work for {busy / seconds:.0%} of the time; launching bounds what is far below 100 %")
 
 

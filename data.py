@@ -380,11 +380,13 @@ def _pack(source, folder, size, crop):
         _finish(source, folder, journal, size, crop)
 
 
-def made(path):
+def made(path, good=Path.exists):
     """Whether a file of the cache is there. Of torchrun's processes on a machine the first makes it, others wait."""
-    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():
-        time.sleep(0.1)
-    return path.exists()
+    while not good(path):
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 @contextlib.contextmanager

@@ -348,8 +348,8 @@ class Watch:
 
     def __call__(self):
         depth, _ = place(self.plan, self.run.step - 1)
-        state = self.trajectories.state_dict()                # of all ranks: they must come to the same decision
-        arrived = state["ends"][state["arrived"]]
+        ends, mask = (from_all(x) for x in (self.trajectories.ends, self.trajectories.arrived))
+        arrived = ends[mask]                                  # of all ranks: they must come to the same decision
         if not len(arrived):
             return dict(depth=depth)
         now, was, f = moments(arrived.float()), self.was, self.run.args.drift
@@ -541,7 +541,7 @@ def main(argv=None):
         stream = batches(read, args, state["step"] if state else 0, device)
     torch.manual_seed(args.seed)
     run, updates = setup(args, net, device, about, stream)
-    about["before"] = source["before"].cpu() if state else from_first(show(sampler_of(run, run.ema)))
+    about["before"] = source["before"].cpu() if state else from_first(show(sampler_of(run, run.average())))
     watch = None if SCHEDULES[args.schedule].data else Watch(run, updates.plan, updates.source)
     hooks = [(args.sample_every or args.updates, compare_picture)]
     if args.fid_every:

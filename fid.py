@@ -25,6 +25,7 @@ import sys
 import urllib.request
 import zipfile
 import zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count, islice
@@ -270,11 +271,10 @@ HOW_TO_GET = (f"The file is {FILE} ({BYTES / 1e6:.0f} MB) from {URL}; put it the
 
 def fetch_weights():
     """The released file in the cache folder, downloaded if it is not there, and whole or not at all. Exits offline."""
-    path, damaged = default_cache() / FILE, ""
-    if made(path):
-        if file_hash(path, digits=64) == SHA256:
-            return path
-        damaged = f"{path} is damaged, and "
+    path = default_cache() / FILE
+    if made(path, lambda path: path.exists() and file_hash(path, digits=64) == SHA256):
+        return path
+    damaged = f"{path} is damaged, and " if path.exists() else ""
     tmp = path.with_name(f"{FILE}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -627,7 +627,7 @@ def _npz_images(path, batch):
 def _source_images(source, batch):
     """Batches (see `gather`; lists of (H, W, 3) uint8 arrays) of a data source, decoded in threads one batch ahead.
 
-    This rank decodes its own batches only, as `in_turn` shares them out.
+    This rank decodes its own batches only, as `in_turn` shares them out: one in `ranks()`.
     """
 
     def work(item):
@@ -645,9 +645,9 @@ def _source_images(source, batch):
             own, chunk = next(number) % ranks() == rank(), list(islice(items, batch))
             return [own and pool.submit(work, item) for item in chunk]
 
-        ahead = fetch()
-        while ahead:
-            now, ahead = ahead, fetch()
+        ahead = deque(fetch() for _ in range(ranks()))
+        while now := ahead.popleft():
+            ahead.append(fetch())
             yield lambda now=now: [np.asarray(f.result()) for f in now]
 
 

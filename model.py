@@ -350,8 +350,8 @@ def pick_device(name="auto"):
     local = int(os.environ.get("LOCAL_RANK", 0))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{local}"
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{local}"                                # whatever number was asked for: it can't serve all
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as e:
@@ -363,11 +363,16 @@ def pick_device(name="auto"):
     if name == "cpu":
         _keep_freed_memory()
         if "LOCAL_RANK" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-            # torchrun's own choice where the user made none, however many cores there are
-            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+            # That is torchrun's choice, however many cores there are; another number is the user's, and stays.
+            torch.set_num_threads(max(1, cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
     if "RANK" in os.environ and not dist.is_initialized():
         _meet(torch.device(name))
     return torch.device(name)
+
+
+def cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _keep_freed_memory():
@@ -502,7 +507,7 @@ def progress(**settings):
 
 def launch(main):
     """Run a script's main. Under torchrun only rank 0 prints, and tells errors that all meet or that end a rank."""
-    other = int(os.environ.get("RANK", 0)) > 0
+    other, code = int(os.environ.get("RANK", 0)) > 0, 0
     if other:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     try:
@@ -510,15 +515,26 @@ def launch(main):
     except SystemExit as e:
         if other and isinstance(e.code, str):
             time.sleep(3)                                     # torchrun ends this process if rank 0 met the error too
-        raise
-    except RuntimeError as e:                                 # NCCL's errors are of this kind too
-        if ranks() == 1 or not any(sign in str(e) for sign in ("onnection", "NCCL", "imed out")):
+        if ranks() == 1:
             raise
-        why = str(e).splitlines()[0].split("] ", 1)[-1][:90]
-        sys.exit(1 if rank() > 1 else f"error: another process of this run has died, or can't be reached ({why}). "
-                                      f"What was saved is whole: --resume goes on from there")
+        code = 1 if isinstance(e.code, str) else e.code
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
+    except RuntimeError as e:
+        lost = isinstance(e, dist.DistError) or any(sign in str(e) for sign in ("onnection", "imed out"))
+        if ranks() == 1 or not lost:
+            raise
+        code, why = 1, " ".join(str(e).split())[:300]
+        if not other:
+            print(f"error: another process of this run has died, or can't be reached: {why}\nWhat was saved is whole; "
+                  f"a run of train.py or distill.py goes on with --resume", file=sys.stderr)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        if not code:
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Gloo's threads may still hold Python objects, on which the interpreter's usual end crashes now and then.
+        os._exit(code or 0)
 
 
 # ---- checkpoints --------------------------------------------------------------------------------

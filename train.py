@@ -134,9 +134,6 @@ class Run:
     """
 
     def __init__(self, args, net, device, about, young=True):
-        if args.batch % (ranks() * args.accumulate):
-            sys.exit(f"error: --batch {args.batch} can't be shared equally by {ranks()} processes"
-                     f" with --accumulate {args.accumulate}")
         self.args, self.device, self.out, self.about, self.young = args, device, Path(args.out), about, young
         self.parts = {}
         self.net = net.to(device, memory_format=memory_format(device))
@@ -247,7 +244,10 @@ class Run:
             part.load_state_dict(state["parts"][name])
         self.step = state["step"]
         before = len(state["dropout"])
-        if state["random"].shape == self.random.get_state().shape:       # else: CPU and GPU draw differently anyway
+        if state["random"].shape != self.random.get_state().shape:
+            self.random.manual_seed(self.args.seed + self.step)
+            print("resuming on another kind of device: other noise from here on, no longer bit for bit")
+        else:
             self.random.set_state(state["random"])
             if before == ranks():
                 _set_dropout_state(self.device, state["dropout"][rank()])
@@ -287,7 +287,8 @@ def fit(run, losses, hooks=(), watch=None):
     hooks  pairs (N, hook): hook(run) is called every N updates and after the last; returns dicts to log, or nothing
     watch  called before each line of the log is written and each checkpoint: returns more to log, or ends the run
 
-    Every rank runs it, and rank 0 writes. Nothing here waits for the GPU except where a value is logged. A loss or
+    Every rank runs it, and rank 0 writes. Nothing here waits for the GPU except where a value is logged (and, in
+    every update, to copy the weights with --ema-device cpu). A loss or
     gradient that is not finite ends the run with the last good checkpoint in place, Ctrl-C or SIGTERM with a fresh one.
     """
     a, pending, since, vote = run.args, [], time.perf_counter(), Vote()
@@ -314,7 +315,7 @@ def fit(run, losses, hooks=(), watch=None):
             paused = time.perf_counter()
             if every(a.save_every) or stop:
                 run.save()
-            for n, hook in hooks:
+            for n, hook in hooks if not stop or run.step == a.updates else ():
                 for entry in (every(n) and hook(run)) or []:
                     log.write(json.dumps({"step": run.step} | entry) + "\n")
                     log.flush()
@@ -381,11 +382,16 @@ RUN_FILES = "ckpt.pt", "log.jsonl", "samples-*.png"
 
 
 def check_out(args, more="--updates N asks for more"):
-    """Look at OUT before any work: the checkpoint to --resume from, or None. Exits if a run is in the way.
+    """Look at flags and OUT before any work: the checkpoint to --resume from, or None. Exits if a run is in the way.
 
     more  what the user of a finished run can do
     """
     out = Path(args.out)
+    if args.batch % (ranks() * args.accumulate):
+        sys.exit(f"error: --batch {args.batch} can't be shared equally by {ranks()} processes"
+                 f" with --accumulate {args.accumulate}")
+    if args.compile == "reduce-overhead" and ranks() > 1:
+        sys.exit("error: --compile reduce-overhead is for a single process; several take --compile default")
     if not args.resume and rank():                            # rank 0 looks: it may have begun to write by now
         return None
     if args.resume:
@@ -564,7 +570,8 @@ def run_flags(g):
     g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
                    help="precision of the network's insides (default: bf16 where the hardware has it)")
     g.add_argument("--ema-device", choices=["same", "cpu"], default="same",
-                   help="where the weight average is kept: beside the model, or on the CPU to save a GPU its memory")
+                   help="where the weight average is kept: beside the model, or on the CPU to save a GPU its memory, "
+                        "which waits in every update then")
     g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
                    help="compute activations again in the backward pass: a fraction of the memory, a third more time")
     compile_flag(g)

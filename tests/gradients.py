@@ -1,6 +1,6 @@
 """Gradients of one update in float64, for test_ranks.py: alone, or with others under torchrun.
 
-    torchrun --nproc_per_node=2 tests/gradients.py train OUT.pt
+    torchrun --nproc_per_node=2 tests/gradients.py train ACCUMULATE OUT.pt
 """
 
 import sys
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import distill  # noqa: E402
 import train  # noqa: E402
-from model import UNet, UNetConfig, pick_device, rank, ranks  # noqa: E402
+from model import UNet, UNetConfig, launch, pick_device, rank, ranks  # noqa: E402
 
 TINY = dict(channels=8, mult=(1, 2), blocks=1, attention=(), groups=4, head_channels=8, classes=3)
 
@@ -50,7 +50,11 @@ def gradients(method, accumulate=1):
         torch.set_default_dtype(torch.float32)
 
 
-if __name__ == "__main__":
-    result = gradients(sys.argv[1])
+def main():
+    result = gradients(sys.argv[1], int(sys.argv[2]))
     if rank() == 0:
-        torch.save(result, sys.argv[2])
+        torch.save(result, sys.argv[3])
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 import fid
 import sample
 import train
-from model import load_checkpoint
+from model import cores, load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--size", "8", "--channels", "8", "--mult", "1", "2", "--blocks", "1", "--attention", "--head-channels", "8",
@@ -56,7 +56,7 @@ def tiny(tmp_path):
 def one_thread():
     """As torchrun's processes have here: another number of threads may add up in another order."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(max(1, cores() // 2))
     yield
     torch.set_num_threads(before)
 
@@ -65,10 +65,10 @@ def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", ["train", "dsdi", "pd"])
-def test_two_processes_have_the_gradients_of_one(method, tmp_path):
+@pytest.mark.parametrize("method,accumulate", [("train", 2), ("dsdi", 1), ("tsd", 2), ("pd", 1)])
+def test_two_processes_have_the_gradients_of_one(method, accumulate, tmp_path):
     """To float64's rounding; so has one that takes the batch in parts. dsdi is staggered: each rank at other places."""
-    done(torchrun("tests/gradients.py", method, tmp_path / "two.pt"))
+    done(torchrun("tests/gradients.py", method, accumulate, tmp_path / "two.pt"))
     one, two = gradients(method), torch.load(tmp_path / "two.pt", weights_only=True)
     assert one.keys() == two.keys() and all(g.any() for g in one.values())
     assert_close(two, one, rtol=1e-9, atol=1e-12)
