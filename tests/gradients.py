@@ -18,7 +18,7 @@ TINY = dict(channels=8, mult=(1, 2), blocks=1, attention=(), groups=4, head_chan
 
 
 def gradients(method, accumulate=1):
-    """{name: gradient} after the second update's backward passes. method: train, or a schedule of distill.py."""
+    """{name: gradient} after the fourth update's backward passes. method: train, or a schedule of distill.py."""
     torch.set_default_dtype(torch.float64)
     try:
         device = pick_device("cpu")
@@ -39,10 +39,11 @@ def gradients(method, accumulate=1):
             args = distill.parse_args(["--schedule", method, "--steps", "8", "--updates", "12"])
             vars(args).update(settings, stagger=method == "dsdi")
             run, losses = distill.setup(args, net, device, about, stream)
-        run.update(losses(0))
+        for step in range(3):                                 # long enough for walks to end and begin on either rank
+            run.update(losses(step))
         run.opt.step = lambda: None                           # the gradients are what is wanted
         zero_grad, run.opt.zero_grad = run.opt.zero_grad, lambda **_: None
-        run.update(losses(1))
+        run.update(losses(3))
         found = {name: p.grad.clone() for name, p in net.named_parameters()}
         zero_grad()
         return found
