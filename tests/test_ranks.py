@@ -123,7 +123,7 @@ def pid_of(number, out):
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
 @pytest.mark.parametrize("victim,number", [(1, signal.SIGKILL), ("all", signal.SIGINT), (1, signal.SIGINT)])
 def test_when_a_rank_dies_all_end_and_the_checkpoint_is_whole(victim, number, tiny, tmp_path):
-    """Killed: within seconds, with a message. Interrupted, be it just one: with a fresh checkpoint of the same update."""
+    """Killed: within seconds, with a message. Interrupted, even one alone: with a fresh one, of the same update."""
     out = tmp_path / "out"
     child = torchrun("train.py", *tiny, "--updates", 100_000, "--save-every", 50, "--out", out, start_new_session=True)
     try:
