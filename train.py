@@ -231,6 +231,8 @@ class Run:
 
     def load(self, state):
         """Take up the state of a checkpoint of the same network. Says so where the run can't go on bit for bit."""
+        if "random" not in state:
+            sys.exit(f"error: {self.ckpt} is of an older version: it can be sampled and distilled, but not resumed")
         try:
             self.net.load_state_dict(state["weights"])
         except RuntimeError as e:

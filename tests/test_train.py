@@ -17,7 +17,7 @@ from torch.testing import assert_close
 import train
 from data import load_data
 from ddim import Cosine, Denoiser, noise, sample
-from model import load_checkpoint, load_model
+from model import load_checkpoint, load_model, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--size", "8", "--channels", "16", "--mult", "1", "2", "--attention", "--batch", "8", "--sample-steps", "2",
@@ -194,6 +194,14 @@ def test_resume_asks_for_more_updates_when_finished_and_warns_of_changes(tiny, t
     assert "resuming with another lr" in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 7
     assert [e["step"] for e in log_of(tmp_path / "out")] == list(range(1, 8))
+
+
+def test_a_checkpoint_of_an_older_version_is_not_resumed(tiny, tmp_path):
+    train.main([*tiny, "--updates", "2"])
+    state = load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    save_checkpoint(tmp_path / "out" / "ckpt.pt", {k: v for k, v in state.items() if k != "random"})
+    with pytest.raises(SystemExit, match="is of an older version"):
+        train.main(["--resume", "--out", str(tmp_path / "out"), "--updates", "4"])
 
 
 # ---- refusals -------------------------------------------------------------------------------------------
