@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from gradients import gradients
-from PIL import Image
+from test_train import labelled_images
 from torch.testing import assert_close
 
 import fid
@@ -44,12 +44,7 @@ def done(child):
 @pytest.fixture
 def tiny(tmp_path):
     """The flags of a small run on labelled images, for one process or two."""
-    rng = np.random.default_rng(0)
-    for i in range(10):
-        folder = tmp_path / "data" / "ab"[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    return [*TINY, "--data", str(tmp_path / "data"), "--cache", str(tmp_path / "cache"), "--classes"]
+    return [*TINY, "--data", labelled_images(tmp_path / "data"), "--cache", str(tmp_path / "cache"), "--classes"]
 
 
 @pytest.fixture

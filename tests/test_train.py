@@ -24,15 +24,21 @@ TINY = ["--size", "8", "--channels", "16", "--mult", "1", "2", "--attention", "-
         "--device", "cpu", "--log-every", "1", "--sample-every", "0", "--save-every", "5"]
 
 
+def labelled_images(data):
+    """Ten images of 8x8 in two sub-folders. Returns their folder, as a flag wants it."""
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        folder = data / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return str(data)
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """The flags of a run of a second, on ten labelled images."""
-    rng = np.random.default_rng(0)
-    for i in range(10):
-        folder = tmp_path / "data" / "ab"[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    return [*TINY, "--data", str(tmp_path / "data"), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    return [*TINY, "--data", labelled_images(tmp_path / "data"), "--cache", str(tmp_path / "cache"),
+            "--out", str(tmp_path / "out")]
 
 
 def log_of(out):
