@@ -56,6 +56,7 @@ def config_of(name):
 
 
 def wait(device):
+    """Until a GPU has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -82,12 +83,15 @@ def race(contestants, repeats, device, title, at_once=1):
     return times
 
 
-def rows(times, per_call, unit, reference=None):
-    """Table rows of `race`'s times: the median, units per second, and how many times as fast as `reference` it is."""
+def rows(times, images, reference=None):
+    """Table rows of `race`'s times: the median, images per second, and how many times as fast as `reference` it is.
+
+    images  in each call
+    """
     found = []
     for name, seconds in times.items():
         median = statistics.median(seconds)
-        row = {"what": name, "s": median, f"{unit}/s": per_call / median}
+        row = {"what": name, "s": median, "images/s": images / median}
         if reference in times:
             row[f"times as fast as {reference}"] = statistics.median(times[reference]) / median
         found.append(row | {"seconds": seconds})
@@ -115,11 +119,18 @@ def flops(call):
 # ---- what is measured: each returns (title, rows) ---------------------------------------------------------
 
 
-def train_settings(args, **settings):
-    found = train.parse_args(["--updates", "1000000"])
-    vars(found).update(batch=args.batch, ema_device=args.ema_device, checkpointing=args.checkpointing,
-                       dtype=args.dtype, warmup=0, lr=1e-6, **settings)
+def settings_of(script, args, **settings):
+    """The flags of train.py or distill.py for endless updates at next to no learning rate."""
+    found = script.parse_args(["--updates", "1000000", "--lr", "1e-6"])
+    vars(found).update(batch=args.batch, dtype=args.dtype, ema_device=args.ema_device, checkpointing=args.checkpointing)
+    vars(found).update(settings)
     return found
+
+
+def about_of(args):
+    """What a checkpoint would say of the network: its diffusion, and the shape of its images or latents."""
+    diffusion = dict(schedule="cosine", predicts="v") if args.model in CONFIGS else DIFFUSION
+    return diffusion | dict(shape=[3, args.size, args.size])
 
 
 class Twin(nn.Module):
@@ -141,17 +152,16 @@ class Twin(nn.Module):
 
 
 def no_row(package, error):
-    """Say why a comparison is missing; there is nothing to return."""
+    """Say why a comparison is missing."""
     print(f"no row for {package}, which can't be used here ({' '.join(str(error).split())[-120:]})", file=sys.stderr)
 
 
 def an_update(args, net, b, layout=None, compiled=""):
     """A function that makes one update of train.py's loop, of this network, with random images."""
-    about = dict(schedule="cosine", predicts="v", shape=[3, args.size, args.size])
     layout = layout or memory_format(args.device)
     with mock.patch("train.memory_format", lambda device: layout):
-        run = train.Run(train_settings(args, compile=compiled), net, args.device, about)
-    x = torch.rand(args.batch, *about["shape"], device=args.device).contiguous(memory_format=layout) * 2 - 1
+        run = train.Run(settings_of(train, args, compile=compiled), net, args.device, about_of(args))
+    x = torch.rand(args.batch, *run.about["shape"], device=args.device).contiguous(memory_format=layout) * 2 - 1
     losses, step = train.Losses(run, iter(lambda: (x, None), None), b), count()
     return lambda: run.update(losses(next(step)))
 
@@ -167,8 +177,8 @@ def train_rows(args):
     try:
         twins = [Twin(config, args.size) for _ in range(2 + bool(args.compile))]
     except (ImportError, RuntimeError) as e:                  # the latter is how diffusers tells of a broken one
-        twins = no_row("diffusers", e)
-    if twins:
+        no_row("diffusers", e)
+    else:
         calls["diffusers"] = an_update(args, twins[0], 0.0, torch.contiguous_format)
         calls["diffusers, channels last"] = an_update(args, twins[1], 0.0, torch.channels_last)
         if args.compile:
@@ -177,27 +187,23 @@ def train_rows(args):
     times = race(calls, args.repeats, args.device, "training", args.at_once)
     theirs = [name for name in times if name.startswith("diffusers") and "--compile" not in name]
     reference = min(theirs or ["plain"], key=lambda name: statistics.median(times[name]))      # at its best
-    found = rows(times, args.batch, "images", reference)
-    peak = matmul_peak(args.device, args.dtype)
+    found = rows(times, args.batch, reference)
+    reachable = matmul_peak(args.device, args.dtype)
     for row in found:
         row["GFLOP"] = work[0.15 if "distill" in row["what"] else 0.0] / 1e9
-        row["MFU"] = 1e9 * row["GFLOP"] / row["s"] / peak
+        row["MFU"] = 1e9 * row["GFLOP"] / row["s"] / reachable
     if args.profile:
         explain(calls["plain" + (f" --compile {args.compile}" if args.compile else "")], args)
-    return (f"Training updates of {args.batch} (MFU: GFLOP counted for our network, over the {peak / 1e12:.3g} TFLOP/s "
-            f"that a {args.dtype} product of two 4096 x 4096 matrices reaches)", found)
+    return (f"Training updates of {args.batch} (MFU: GFLOP counted for our network, over the {reachable / 1e12:.3g} "
+            f"TFLOP/s that a {args.dtype} product of two 4096 x 4096 matrices reaches)", found)
 
 
 class Method:
     """One of METHODS, ready to be called once for each update."""
 
     def __init__(self, args, name):
-        settings = distill.parse_args(["--updates", "1000000", "--lr", "1e-6"])
-        vars(settings).update(METHODS[name][0], batch=args.batch, compile=args.compile, dtype=args.dtype,
-                              checkpointing=args.checkpointing, ema_device=args.ema_device)
+        settings, about = settings_of(distill, args, compile=args.compile, **METHODS[name][0]), about_of(args)
         torch.manual_seed(0)
-        diffusion = dict(schedule="cosine", predicts="v") if args.model in CONFIGS else DIFFUSION
-        about = diffusion | dict(shape=[3, args.size, args.size])
         images = torch.rand(args.batch, *about["shape"], device=args.device) * 2 - 1
         labels = torch.zeros(args.batch, dtype=torch.long, device=args.device)
         self.run, self.updates = distill.setup(
@@ -235,7 +241,7 @@ def distill_rows(args):
     memory = peaks(args)
     calls = {name: Method(args, name) for name in args.methods}
     times = race(calls, args.repeats, args.device, "distillation", args.at_once)
-    found = rows(times, args.batch, "images")
+    found = rows(times, args.batch)
     with torch.device("meta"):
         weights = param_count(UNet(config_of(args.model))) * 4 / 2 ** 20
     for row in found:
@@ -252,12 +258,10 @@ def distill_rows(args):
 def sample_rows(args):
     """Images of sample.py's sampler, from noise to pixels or latents."""
     config = config_of(args.model)
-    diffusion = dict(schedule="cosine", predicts="v") if args.model in CONFIGS else DIFFUSION
     net = UNet(config).to(args.device, memory_format=memory_format(args.device)).eval().requires_grad_(False)
-    sampler = Sampler(net, diffusion | dict(shape=[3, args.size, args.size]), args.device, args.dtype,
-                      list(range(config.classes)) or None)
+    sampler = Sampler(net, about_of(args), args.device, args.dtype, list(range(config.classes)) or None)
     calls = {f"{steps} steps": lambda steps=steps: sampler(range(args.batch), steps) for steps in args.steps}
-    found = rows(race(calls, max(2, args.repeats // 4), args.device, "sampling"), args.batch, "images")
+    found = rows(race(calls, max(2, args.repeats // 4), args.device, "sampling"), args.batch)
     for row in found:
         row["minutes for 50,000"] = 50_000 / row["images/s"] / 60
     return f"Sampling, {args.batch} images at a time", found
@@ -280,7 +284,7 @@ def fid_rows(args):
     except (ImportError, RuntimeError) as e:                  # a torchvision of another torch raises the latter
         no_row("pytorch-fid", e)
     times = race(calls, max(2, args.repeats // 4), args.device, "features")
-    return "Features for FID, 50 images at a time", rows(times, len(images), "images", "pytorch-fid")
+    return "Features for FID, 50 images at a time", rows(times, len(images), "pytorch-fid")
 
 
 def data_rows(args):
@@ -288,7 +292,7 @@ def data_rows(args):
     images, step = load_data(args.data, args.size, None, args.cache), count()
     times = race({f"{args.size}x{args.size}": lambda: images.batch(next(step), args.batch, seed=0)}, 10 * args.repeats,
                  torch.device("cpu"), "reading")
-    return f"Batches of {args.batch} from the packed cache", rows(times, args.batch, "images")
+    return f"Batches of {args.batch} from the packed cache", rows(times, args.batch)
 
 
 GROUPS = {"train": train_rows, "distill": distill_rows, "sample": sample_rows, "fid": fid_rows, "data": data_rows}
@@ -318,7 +322,12 @@ def explain(call, args):
 def table(title, found):
     """Markdown of one group's rows."""
     columns = [k for k in dict.fromkeys(k for row in found for k in row) if k != "seconds"]
-    cell = lambda v: f"{v:,.0f}" if isinstance(v, float) and v >= 1000 else f"{v:.3g}" if isinstance(v, float) else str(v)  # noqa: E731, E501
+
+    def cell(value):
+        if not isinstance(value, float):
+            return str(value)
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
     lines = [f"**{title}**", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     return "\n".join([*lines, *(f"| {' | '.join(cell(row.get(k, '–')) for k in columns)} |" for row in found)])
 

@@ -515,7 +515,7 @@ def to_tensor(pixels):
     """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in [-1, 1].
 
     By numpy: batches are read in a thread, and one that used torch would bring threads of its own, which go on spinning
-    after each operation and take the cores from the network: a fifth of the time of an update on a CPU.
+    after each operation and take the cores from the network: an eighth of the time of an update on a CPU.
     """
     x = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
     x /= 127.5

@@ -427,7 +427,7 @@ def gather(batches, total, features, card, desc, shuffle=False):
 
     def work(batch):
         images = batch()
-        pixels = [np.asarray(i) / 127.5 - 1 for i in images]
+        pixels = (np.asarray(i) / 127.5 - 1 for i in images)  # one by one: eight bytes for each value
         parts = features(images)
         return ({f"{i.shape[1]}x{i.shape[0]}" for i in images},
                 np.array([(x.size, x.sum(), np.square(x).sum()) for x in pixels]),

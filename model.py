@@ -347,11 +347,10 @@ def pick_device(name="auto"):
 
     Under torchrun each process gets a GPU of its own, or its part of the cores, and meets the others here.
     """
-    local = int(os.environ.get("LOCAL_RANK", 0))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{local}"                                # whatever number was asked for: it can't serve all
+        name = f"cuda:{os.environ['LOCAL_RANK']}"             # whatever number was asked for: it can't serve all
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as e:

@@ -270,12 +270,11 @@ def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    if args.export and rank():
-        return
     if args.export:
-        net, state = load_model(args.ckpt[0], "cpu", not args.raw, args.ldm, args.size)
-        export(net, state, args.export)
-        print(f"wrote {args.export}{told(state)}")
+        if rank() == 0:
+            net, state = load_model(args.ckpt[0], "cpu", not args.raw, args.ldm, args.size)
+            export(net, state, args.export)
+            print(f"wrote {args.export}{told(state)}")
         return
     samplers = {}
     for ckpt in args.ckpt:

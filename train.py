@@ -141,10 +141,8 @@ class Run:
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         if args.ema_device == "cpu":
             self.ema.to("cpu")
-        self.shared = self.model = self.net
-        if ranks() > 1:
-            self.shared = self.model = DistributedDataParallel(self.net, gradient_as_bucket_view=True)
-        self.model = self.compiled(self.model)
+        self.shared = DistributedDataParallel(self.net, gradient_as_bucket_view=True) if ranks() > 1 else self.net
+        self.model = self.compiled(self.shared)
         self.opt = torch.optim.Adam(self.net.parameters(), lr=args.lr, betas=tuple(args.betas), fused=True)
         self.step = 0
         self.random = torch.Generator(device).manual_seed(args.seed)     # alike on all ranks, see `draw`
@@ -166,12 +164,12 @@ class Run:
         """x̂ of this run's network, or of one like it: the network wrapped for several ranks, an average, a teacher."""
         return Denoiser(net, self.schedule, self.about["predicts"], self.net.config.classes or None)
 
-    def draw(self, kind, *shape, **settings):
+    def draw(self, kind, *shape):
         """Random numbers for each image of the batch, this rank's rows: kind(batch, *shape), e.g. of torch.randn.
 
         All ranks draw the same, for the whole batch: what image i gets does not depend on how many they are.
         """
-        return mine(kind(self.args.batch, *shape, generator=self.random, device=self.device, **settings))
+        return mine(kind(self.args.batch, *shape, generator=self.random, device=self.device))
 
     def split(self, *rows):
         """This rank's rows (of tensors or None) in --accumulate equal parts, one after the other."""
@@ -394,13 +392,13 @@ def check_out(args, more="--updates N asks for more"):
                  f" with --accumulate {args.accumulate}")
     if args.compile == "reduce-overhead" and ranks() > 1:
         sys.exit("error: --compile reduce-overhead is for a single process; several take --compile default")
-    if not args.resume and rank():                            # rank 0 looks: it may have begun to write by now
-        return None
     if args.resume:
         state = load_checkpoint(out / "ckpt.pt")
         if state["step"] >= args.updates:
             sys.exit(f"{out} is finished ({state['step']} updates); {more}")
         return state
+    if rank():                                                # rank 0 looks: it may have begun to write by now
+        return None
     if any(f for pattern in RUN_FILES for f in out.glob(pattern)) and not args.overwrite:
         sys.exit(f"error: {out} holds a run already: --resume goes on, --overwrite deletes it, --out takes another")
     return None
