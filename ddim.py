@@ -1,18 +1,17 @@
 """Noise schedules, DDIM, its inverse, and sampling: the mathematics of the paper, and nothing else.
 
     xhat = Denoiser(net, Cosine(), "v")
-    x = sample(xhat, noise, steps=8)           # (B, C, H, W) -> (B, C, H, W), 8 network evaluations
+    x = ddim_sample(xhat, start_noise(0, range(16), (3, 64, 64)), steps=8)      # 16 images, 8 evaluations each
 
 Notation, the same in every file (the paper's, section 3):
     t, t1, t2    times t > t' > t'' in [0, 1]: 1 is noise, 0 is data. A float, or a tensor (B,): one time per image
-    z, z1, z2    noisy images z_t, z_t', z_t'' (B, C, H, W)
+    z, z1, z2    noisy images z_t, z_t', z_t'' (B, C, H, W); ε is the noise in them
     x, x1, x2    clean images: the data x; the model's x' = x̂(z_t); the target x''
     a, s         α_t and σ_t: z_t = α_t x + σ_t ε with α_t² + σ_t² = 1
     y            class indices (B,), or None; w is the guidance weight
 """
 
 import math
-from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -22,11 +21,13 @@ import torch
 
 
 class Schedule:
-    """α_t and σ_t for t in [0, 1], and the times at which N DDIM steps look at the network."""
+    """α_t and σ_t for t in [0, 1], and the times at which N DDIM steps look at the network.
 
-    def alpha(self, t):
-        """α_t of a float64 tensor t, in [0, 1]."""
-        raise NotImplementedError
+    A subclass gives `alpha`: α_t of a float64 tensor t, between 0 and 1.
+    """
+
+    def sigma(self, t):
+        return (1 - self.alpha(t).square()).sqrt()
 
     def __call__(self, t):
         """(α_t, σ_t) that multiply images: scalars for one time, (B, 1, 1, 1) for a time per image.
@@ -35,10 +36,8 @@ class Schedule:
         has the precision of t (a float counts as float64, which as a scalar leaves images as they are).
         """
         t = torch.as_tensor(t, dtype=None if torch.is_tensor(t) else torch.float64)
-        a = self.alpha(t.double()).clamp(0, 1)
-        s = (1 - a * a).sqrt()
         shape = (-1, 1, 1, 1) if t.ndim else ()
-        return a.to(t.dtype).reshape(shape), s.to(t.dtype).reshape(shape)
+        return tuple(f(t.double()).to(t.dtype).reshape(shape) for f in (self.alpha, self.sigma))
 
     def log_snr(self, t):
         """λ_t = log(α_t² / σ_t²) (Algorithms 1 and 2), kept within ±20 so that it is finite at t = 0 and 1."""
@@ -51,11 +50,6 @@ class Schedule:
             raise ValueError(f"steps must be at least 1, got {steps}")
         return [i / steps for i in range(steps, -1, -1)]
 
-    @cache  # noqa: B019 (a schedule lives as long as its run, which asks for a handful of grids)
-    def grid(self, steps, device):
-        """`times` as a float32 tensor (N + 1,) on a device, copied there once: a GPU waits for each such copy."""
-        return torch.tensor(self.times(steps), device=device)
-
 
 class Cosine(Schedule):
     """α_t = cos(π t / 2): the continuous schedule of our own v-prediction models (Salimans & Ho 2022)."""
@@ -63,11 +57,8 @@ class Cosine(Schedule):
     def alpha(self, t):
         return torch.cos(math.pi / 2 * t)
 
-    def __call__(self, t):
-        # sin instead of √(1 − cos²): exact near t = 0, where the square root would lose half the digits.
-        a, _ = super().__call__(t)
-        t = torch.as_tensor(t, dtype=None if torch.is_tensor(t) else torch.float64)
-        return a, torch.sin(math.pi / 2 * t.double()).to(t.dtype).reshape(a.shape)
+    def sigma(self, t):                                       # exact near t = 0, where √(1 − cos²) loses half the digits
+        return torch.sin(math.pi / 2 * t)
 
 
 class LDMDiscrete(Schedule):
@@ -83,14 +74,9 @@ class LDMDiscrete(Schedule):
         # The original keeps this table in float32, and its samples depend on those digits.
         self.alpha2 = torch.from_numpy(np.cumprod(1 - betas).astype(np.float32).astype(np.float64))
 
-    @cache  # noqa: B019 (as `grid`)
-    def table(self, device):
-        """α_t² of every step on a device, copied there once."""
-        return self.alpha2.to(device)
-
     def alpha(self, t):
-        index = (self.length * t).round().long().clamp(0, self.length - 1)
-        return self.table(t.device)[index].sqrt()
+        self.alpha2 = self.alpha2.to(t.device)                # once: a GPU waits for each copy
+        return self.alpha2[(self.length * t).round().long().clamp(0, self.length - 1)].sqrt()
 
     def times(self, steps):
         """LDM's own rule where N divides 1000 (steps 1, 1 + c, 1 + 2c … with c = 1000 / N), else t_i = i / N.
@@ -107,14 +93,8 @@ class LDMDiscrete(Schedule):
 
 SCHEDULES = {"cosine": Cosine, "ldm": LDMDiscrete}
 
-
-def truncated_snr(log_snr):
-    """w(λ) = max(exp(λ), 1): the truncated signal-to-noise weight (section 4.1; Salimans & Ho 2022)."""
-    return log_snr.exp().clamp(min=1)
-
-
-# w(λ_t) of Algorithms 1 and 2 by name. logsnr: truncated as well, but nearly flat where the SNR runs into the hundreds.
-WEIGHTS = {"snr": truncated_snr, "logsnr": lambda log_snr: log_snr.clamp(min=1), "none": torch.ones_like}
+# w(λ_t) of Algorithms 1 and 2 by name. snr: the truncated signal-to-noise ratio (section 4.1; Salimans & Ho 2022).
+WEIGHTS = {"snr": lambda log_snr: log_snr.exp().clamp(min=1), "none": torch.ones_like}
 
 
 # ---- what the network predicts --------------------------------------------------------------------
@@ -126,19 +106,9 @@ def to_x(kind, out, z, a, s):
         return a * z - s * out
     if kind == "eps":
         return (z - s * out) / a
-    if kind == "x":
-        return out
-    raise ValueError(f"unknown prediction {kind!r}: v, eps or x")
-
-
-def to_eps(x, z, a, s):
-    """The noise ε in z when x is its clean image. Infinite at σ = 0, where z has none."""
-    return (z - a * x) / s
-
-
-def to_v(x, z, a, s):
-    """v = α ε − σ x of the same pair; with α² + σ² = 1 that is (α z − x) / σ."""
-    return (a * z - x) / s
+    if kind != "x":
+        raise ValueError(f"unknown prediction {kind!r}: v, eps or x")
+    return out
 
 
 class Denoiser:
@@ -154,7 +124,7 @@ class Denoiser:
 
     @classmethod
     def of(cls, net, state):
-        """The denoiser of a checkpoint, as `model.load_model` returns it: (net, state)."""
+        """The denoiser of a checkpoint, as `checkpoint.load_model` returns it: (net, state)."""
         return cls(net, SCHEDULES[state["schedule"]](), state["predicts"], net.config.classes or None)
 
     def output(self, z, t, y=None, w=1.0):
@@ -187,7 +157,8 @@ def ddim_step(schedule, z, x, t, t1):
         z_t' = α_t' x + (σ_t' / σ_t) (z_t − α_t x)
     """
     (a, s), (a1, s1) = schedule(t), schedule(t1)
-    return a1 * x + _ratio(s1, s) * (z - a * x)
+    r = s1 / s.clamp(min=1e-12)                               # at t = t' = 0 there is nothing to do: 0 / 0 counts as 0
+    return a1 * x + r * (z - a * x)
 
 
 def ddim_inverse(schedule, z, z1, t, t1):
@@ -196,13 +167,8 @@ def ddim_inverse(schedule, z, z1, t, t1):
         x = (z_t' − (σ_t' / σ_t) z_t) / (α_t' − (σ_t' / σ_t) α_t)            defined for t' < t
     """
     (a, s), (a1, s1) = schedule(t), schedule(t1)
-    r = _ratio(s1, s)
+    r = s1 / s.clamp(min=1e-12)
     return (z1 - r * z) / (a1 - r * a)
-
-
-def _ratio(s1, s):
-    """σ_t' / σ_t, where a step from t = 0 to t' = 0 has nothing to do: 0 / 0 counts as 0."""
-    return s1 / s.clamp(min=1e-12)
 
 
 @torch.no_grad()
@@ -224,8 +190,8 @@ def ddim_target(xhat, z, x1, t, t1, t2, target="ddim", **cond):
 # ---- sampling -----------------------------------------------------------------------------------------
 
 
-def noise(seed, indices, shape):
-    """Start noise z_1 ~ N(0, I) for images number `indices`: (len(indices), *shape), float32, on the CPU.
+def start_noise(seed, indices, shape):
+    """Noise z_1 ~ N(0, I) to start images number `indices` from: (len(indices), *shape), float32, on the CPU.
 
     Image i of a seed is the same in any batch, on any device and on any number of processes.
     """
@@ -234,14 +200,11 @@ def noise(seed, indices, shape):
 
 
 @torch.no_grad()
-def sample(xhat, z, steps, y=None, w=1.0, bar=None):
+def ddim_sample(xhat, z, steps, y=None, w=1.0):
     """Deterministic DDIM from noise z (B, C, H, W) in exactly `steps` network evaluations. Returns x (B, C, H, W).
 
-    The same z gives the same picture, and nearly the same one for other step counts. `noise` makes z from
-    a seed. bar: a tqdm progress bar, moved on by one for each evaluation.
+    The same z gives the same picture, and nearly the same one for other step counts.
     """
     for t, t1 in pairwise(xhat.schedule.times(steps)):
         z = ddim_step(xhat.schedule, z, xhat(z, t, y, w), t, t1)
-        if bar is not None:
-            bar.update()
     return z

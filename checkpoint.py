@@ -1,0 +1,82 @@
+"""Checkpoints: files of tensors and plain values, written whole or not at all, and read without running any code.
+
+    save_checkpoint("ckpt.pt", state)
+    net, state = load_model("ckpt.pt", device)      # the network, ready to sample, and what the file says of it
+
+A state has at least: config, weights and ema (state dicts), schedule, predicts and shape, as `ddim.Denoiser.of` and
+sample.py need them. What a run adds to go on exactly: see trainer.py. LDM's own files: see ldm.py.
+"""
+
+import hashlib
+import os
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from model import UNet, UNetConfig
+from runtime import memory_format
+
+
+class CheckpointError(SystemExit):
+    """A checkpoint that can't be used. A SystemExit: uncaught, its one-line message is all the user sees."""
+
+
+def save_checkpoint(path, state):
+    """Write a dict of tensors and plain values, so that `path` always holds a whole file, old or new.
+
+    Raises CheckpointError when the disk is full or the folder can't be written.
+    """
+    path = Path(path)
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        with open(tmp, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())    # on the disk before the name is, or a power cut could leave an empty file
+        os.replace(tmp, path)
+    except OSError as e:
+        tmp.unlink(missing_ok=True)
+        raise CheckpointError(f"error: can't write {path} ({e.strerror or e}); the old one is untouched") from None
+
+
+def load_checkpoint(path):
+    """Read what `save_checkpoint` wrote, on the CPU, without running code from the file. Raises CheckpointError.
+
+    Its tensors are mapped from the disk: a sampler of a big model never reads the optimiser's state. (Windows can't
+    replace a file that is mapped, as a resumed run does.)
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
+    except FileNotFoundError:
+        raise CheckpointError(f"error: no checkpoint at {path}; to make one: python train.py --distill 0.15") from None
+    except Exception as e:  # torch raises half a dozen types here, all meaning the same to a user
+        raise CheckpointError(f"error: {path} is no readable checkpoint ({str(e).splitlines()[0][:120]})") from None
+    if not isinstance(state, dict) or not {"config", "weights", "ema", "schedule", "predicts", "shape"} <= state.keys():
+        raise CheckpointError(f"error: {path} is not a checkpoint of this project")
+    return state
+
+
+def load_model(path, device="cpu", ema=True):
+    """The network of a checkpoint, ready to sample: (net, state). `ema=False`: the weights, not their average."""
+    state = load_checkpoint(path)
+    known = {f.name for f in fields(UNetConfig)}
+    if not state["config"].keys() <= known:
+        raise CheckpointError(f"error: {path}: unknown model settings {sorted(state['config'].keys() - known)}")
+    with torch.device("meta"):                                # no random weights: those of the file follow
+        net = UNet(UNetConfig(**state["config"])).to_empty(device="cpu")
+    try:
+        net.load_state_dict(state["ema" if ema else "weights"])
+    except RuntimeError as e:
+        first = str(e).splitlines()[1].strip()
+        raise CheckpointError(f"error: {path}: its weights do not fit its own config ({first})") from None
+    return net.to(device, memory_format=memory_format(device)).eval().requires_grad_(False), state
+
+
+def file_hash(path, digits=16):
+    """The first digits of a file's SHA-256: which checkpoint an image or a score came from."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:digits]

@@ -1,0 +1,199 @@
+"""Where the code runs: device and precision, and the processes that torchrun starts.
+
+    torchrun --nproc_per_node=8 train.py --distill 0.15 --preset celeba64 --data celeba.zip
+
+Every process runs the same script. Whatever is random is drawn alike in all of them, for the whole batch, and each takes
+its own rows of it. So a run on eight ranks is the run on one, but for the order in which gradients are summed.
+"""
+
+import ctypes
+import os
+import platform
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+# ---- device and precision -------------------------------------------------------------------------------
+
+
+def pick_device(name="auto"):
+    """`--device`: a torch device; auto takes CUDA, else the CPU. Exits if it can't be used.
+
+    Under torchrun each process gets a GPU of its own, or its part of the cores, and meets the others here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"             # whatever number was asked for: it can't serve all
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        sys.exit(f"error: --device {name} can't be used here ({str(e).splitlines()[0]})")
+    if name.startswith("cuda"):
+        if ":" in name:
+            torch.cuda.set_device(name)                       # for the collectives that name no device
+        torch.backends.cudnn.benchmark = True                 # the shapes never change
+    if name == "cpu":
+        _keep_freed_memory()
+        if "LOCAL_RANK" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+            # That is torchrun's choice, however many cores there are; another number is the user's, and stays.
+            torch.set_num_threads(max(1, cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    if "RANK" in os.environ and not dist.is_initialized():    # tensors on the CPU travel by gloo, on GPUs by NCCL
+        dist.init_process_group("cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo",
+                                timeout=timedelta(minutes=30))
+    return torch.device(name)
+
+
+def cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _keep_freed_memory():
+    """Have glibc keep what PyTorch frees. It would give big blocks back to the system after each layer, and
+    have them cleared page by page at the next: a tenth of the time of an update with self-distillation.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4        # from malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
+
+
+def pick_dtype(name, device):
+    """`--dtype`: auto is bf16 where the hardware multiplies in it (2-3x faster on such CPUs), else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return "fp32"
+    # oneDNN also claims bf16 on x86 CPUs that only emulate it, slowly: ask those for the instructions.
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    fast = torch.cpu._is_avx512_bf16_supported() if x86 else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if fast else "fp32"
+
+
+def autocast(device, dtype):
+    """Run convolutions and matrix products in bfloat16, weights and losses staying float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+
+
+def memory_format(device):
+    """The order of an image's values in memory that convolutions like best: pixels first, channels last on a GPU."""
+    return torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
+
+
+def device_flags(g):
+    """`--device` and `--dtype`, for every script that runs a network."""
+    g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
+                   help="precision of the network's insides (default: bf16 where the hardware has it)")
+
+
+# ---- several processes ----------------------------------------------------------------------------------
+
+
+def rank():
+    """The number of this process, 0 … ranks() − 1: number 0 writes files, prints and shows progress."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    """How many processes share the work."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rows(x):
+    """This rank's share of the rows of a batch that all ranks know: (B, …) -> (B / ranks, …)."""
+    return x.chunk(ranks())[rank()]
+
+
+def all_gather(x):
+    """The shares of all ranks, as one batch on each of them: (B / ranks, …) -> (B, …). Waits for the device."""
+    if ranks() == 1:
+        return x
+    shares = [None] * ranks()
+    dist.all_gather_object(shares, x.cpu())
+    return torch.cat(shares).to(x.device)
+
+
+def broadcast(value):
+    """What rank 0 has, on every rank: any plain values, or tensors on the CPU."""
+    box = [value]
+    if ranks() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def sum_over_ranks(x):
+    """The sum over the ranks of a tensor, in place."""
+    if ranks() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def map_over_ranks(jobs, work):
+    """work(job) for each job of a list, shared out one by one: job i is done on rank i mod ranks.
+
+    Yields the results in the order of the jobs, on rank 0; on the others nothing, but they must iterate as well.
+    """
+    for start in range(0, len(jobs), ranks()):
+        group = jobs[start:start + ranks()]
+        result = work(group[rank()]) if rank() < len(group) else None
+        results = None if rank() else [None] * ranks()
+        if ranks() == 1:
+            results = [result]
+        else:
+            dist.gather_object(result, results)
+        yield from (results or [])[:len(group)]
+
+
+def describe_device(device):
+    """What a run runs on, in words."""
+    return str(device) if ranks() == 1 else f"{ranks()} processes ({device.type})"
+
+
+def progress(**settings):
+    """A tqdm bar, on rank 0 alone."""
+    return tqdm(dynamic_ncols=True, disable=rank() > 0, **settings)
+
+
+def log_stderr(text):
+    """A line for people, once: standard output is for results."""
+    if rank() == 0:
+        print(text, file=sys.stderr)
+
+
+def launch(main):
+    """Run a script's main. Under torchrun only rank 0 prints, and tells errors that all meet or that end a rank."""
+    other, code = int(os.environ.get("RANK", 0)) > 0, 0
+    if other:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    try:
+        main()
+    except SystemExit as e:
+        if other and isinstance(e.code, str):
+            time.sleep(3)                                     # torchrun ends this process if rank 0 met the error too
+        if ranks() == 1:
+            raise
+        code = 1 if isinstance(e.code, str) else e.code
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
+    except RuntimeError as e:
+        lost = isinstance(e, dist.DistError) or any(sign in str(e) for sign in ("onnection", "imed out"))
+        if ranks() == 1 or not lost:
+            raise
+        code, why = 1, " ".join(str(e).split())[:300]
+        log_stderr(f"error: another process of this run has died, or can't be reached: {why}\nWhat was saved is whole; "
+                   f"a run of train.py or distill.py goes on with --resume")
+    if dist.is_initialized():
+        if not code:
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Gloo's threads may still hold Python objects, on which the interpreter's usual end crashes now and then.
+        os._exit(code or 0)

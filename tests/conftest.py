@@ -1,0 +1,38 @@
+"""What several test files need: a tiny network, labelled images, the log of a run, a script in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(channels=8, mult=(1, 2), blocks=1, attention=(), groups=4, head_channels=8)      # of a UNetConfig
+
+
+def log_of(out):
+    """The entries of a run's log."""
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    """Whether two state dicts are equal bit for bit."""
+    return a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
+
+
+def labelled_images(folder, n=10, classes="ab", size=(8, 8)):
+    """Random images in a sub-folder for each class. Returns the folder, as a flag wants it."""
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        path = Path(folder) / classes[i % len(classes)] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(path)
+    return str(folder)
+
+
+def start(script, *args, **kw):
+    """A script of the project in a process of its own: Popen, its output and errors in one stream."""
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw)
