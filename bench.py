@@ -28,15 +28,18 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import distill
 import train
 from data import load_data
-from fid import Features, Inception
+from flags import at_least, device_flags
+from inception import Features, Inception
 from ldm import DIFFUSION, MODELS
-from model import CONFIGS, UNet, UNetConfig, memory_format, param_count, pick_device, pick_dtype
+from model import CONFIGS, UNet, UNetConfig, param_count
+from plans import plan
+from runtime import memory_format, pick_device, pick_dtype, progress
 from sample import Sampler
+from trainer import Trainer
 
 # What one update of a distillation needs: evaluations, of which one with a backward pass, and copies of the weights
 METHODS = {
@@ -67,7 +70,7 @@ def race(contestants, repeats, device, title, at_once=1):
     at_once  calls between two looks at the clock: on a GPU several, as a real loop does not wait for each
     """
     times = {name: [] for name in contestants}
-    with tqdm(total=(repeats + 1) * len(contestants), desc=title, unit="call", dynamic_ncols=True) as bar:
+    with progress(total=(repeats + 1) * len(contestants), desc=title, unit="call") as bar:
         for repeat in range(repeats + 1):
             for name, call in contestants.items():
                 for _ in range(2 if repeat == 0 else 0):      # the first calls warm up, and compile
@@ -119,21 +122,28 @@ def flops(call):
 # ---- what is measured: each returns (title, rows) ---------------------------------------------------------
 
 
-def settings_of(script, args, **settings):
-    """The flags of train.py or distill.py for endless updates at next to no learning rate."""
+class OneUpdate(Trainer):
+    """A Trainer whose loop ends after one update, to be called again for the next. Writes nothing."""
+
+    def steps(self):
+        yield self.step
+        self.step += 1
+        self.pending.clear()
+
+
+def one_update(script, args, net, **settings):
+    """(OneUpdate of a network with the flags of train.py or distill.py at next to no learning rate, its stream)."""
     found = script.parse_args(["--updates", "1000000", "--lr", "1e-6"])
-    vars(found).update(batch=args.batch, dtype=args.dtype, ema_device=args.ema_device, checkpointing=args.checkpointing)
+    vars(found).update(batch=args.batch, dtype=args.dtype, checkpointing=args.checkpointing, out=None)
     vars(found).update(settings)
-    return found
-
-
-def about_of(args):
-    """What a checkpoint would say of the network: its diffusion, and the shape of its images or latents."""
     diffusion = dict(schedule="cosine", predicts="v") if args.model in CONFIGS else DIFFUSION
-    return diffusion | dict(shape=[3, args.size, args.size])
+    trainer = OneUpdate(found, net, args.device, diffusion | dict(shape=[3, args.size, args.size]))
+    x = torch.rand(args.batch, 3, args.size, args.size, device=args.device) * 2 - 1
+    y = torch.zeros(args.batch, dtype=torch.long, device=args.device)
+    return trainer, iter(lambda: (x.contiguous(memory_format=memory_format(args.device)), y), None)
 
 
-class Twin(nn.Module):
+class DiffusersUNet(nn.Module):
     """diffusers' UNet2DModel of the same widths, depth, attention and parameter count."""
 
     def __init__(self, c, size):
@@ -156,34 +166,34 @@ def no_row(package, error):
     print(f"no row for {package}, which can't be used here ({' '.join(str(error).split())[-120:]})", file=sys.stderr)
 
 
-def an_update(args, net, b, layout=None, compiled=""):
-    """A function that makes one update of train.py's loop, of this network, with random images."""
-    layout = layout or memory_format(args.device)
-    with mock.patch("train.memory_format", lambda device: layout):
-        run = train.Run(settings_of(train, args, compile=compiled), net, args.device, about_of(args))
-    x = torch.rand(args.batch, *run.about["shape"], device=args.device).contiguous(memory_format=layout) * 2 - 1
-    losses, step = train.Losses(run, iter(lambda: (x, None), None), b), count()
-    return lambda: run.update(losses(next(step)))
+def training(args, net, b, layout=None, compiled=""):
+    """A function that makes one update of train.py's loop."""
+    trainer, stream = one_update(train, args, net, compile=compiled)
+    if layout:
+        trainer.net.to(memory_format=layout)
+        x, y = next(stream)
+        stream = iter(lambda: (x.contiguous(memory_format=layout), y), None)
+    return lambda: train.train(trainer, stream, b)
 
 
 def train_rows(args):
     """Updates of train.py: forward, backward, clipping, Adam, average."""
     config = config_of(args.model)
     new = lambda: UNet(config)  # noqa: E731
-    calls = {"plain": an_update(args, new(), 0.0), "--distill 0.15": an_update(args, new(), 0.15)}
+    calls = {"plain": training(args, new(), 0.0), "--distill 0.15": training(args, new(), 0.15)}
     if args.compile:
-        calls |= {f"{name} --compile {args.compile}": an_update(args, new(), b, compiled=args.compile)
+        calls |= {f"{name} --compile {args.compile}": training(args, new(), b, compiled=args.compile)
                   for name, b in (("plain", 0.0), ("--distill 0.15", 0.15))}
     try:
-        twins = [Twin(config, args.size) for _ in range(2 + bool(args.compile))]
+        theirs_net = [DiffusersUNet(config, args.size) for _ in range(2 + bool(args.compile))]
     except (ImportError, RuntimeError) as e:                  # the latter is how diffusers tells of a broken one
         no_row("diffusers", e)
     else:
-        calls["diffusers"] = an_update(args, twins[0], 0.0, torch.contiguous_format)
-        calls["diffusers, channels last"] = an_update(args, twins[1], 0.0, torch.channels_last)
+        calls["diffusers"] = training(args, theirs_net[0], 0.0, torch.contiguous_format)
+        calls["diffusers, channels last"] = training(args, theirs_net[1], 0.0, torch.channels_last)
         if args.compile:
-            calls[f"diffusers --compile {args.compile}"] = an_update(args, twins[2], 0.0, compiled=args.compile)
-    work = {b: flops(an_update(args, new(), b)) for b in (0.0, 0.15)}
+            calls[f"diffusers --compile {args.compile}"] = training(args, theirs_net[2], 0.0, compiled=args.compile)
+    work = {b: flops(training(args, new(), b)) for b in (0.0, 0.15)}
     times = race(calls, args.repeats, args.device, "training", args.at_once)
     theirs = [name for name in times if name.startswith("diffusers") and "--compile" not in name]
     reference = min(theirs or ["plain"], key=lambda name: statistics.median(times[name]))      # at its best
@@ -198,25 +208,21 @@ def train_rows(args):
             f"TFLOP/s that a {args.dtype} product of two 4096 x 4096 matrices reaches)", found)
 
 
-class Method:
-    """One of METHODS, ready to be called once for each update."""
-
-    def __init__(self, args, name):
-        settings, about = settings_of(distill, args, compile=args.compile, **METHODS[name][0]), about_of(args)
-        torch.manual_seed(0)
-        images = torch.rand(args.batch, *about["shape"], device=args.device) * 2 - 1
-        labels = torch.zeros(args.batch, dtype=torch.long, device=args.device)
-        self.run, self.updates = distill.setup(
-            settings, UNet(config_of(args.model)), args.device, about, iter(lambda: (images, labels), None))
-
-    def __call__(self):
-        self.run.update(self.updates(self.run.step))
+def distillation(args, name):
+    """A function that makes one update of distill.py's loop, with one of METHODS; and its Trainer."""
+    torch.manual_seed(0)
+    trainer, stream = one_update(distill, args, UNet(config_of(args.model)), compile=args.compile, **METHODS[name][0])
+    trainer.net.requires_grad_(True)
+    steps = plan(trainer.args.schedule, trainer.args.steps, trainer.args.updates)
+    if trainer.args.schedule == "pd":
+        return (lambda: distill.progressive(trainer, steps, stream)), trainer
+    return (lambda: distill.fine_tune(trainer, steps)), trainer
 
 
 def peak(args, name):
     """Peak memory in bytes of a few updates of a method; meant for a fresh process."""
     args.device = pick_device(str(args.device))               # sets up the process as for a run
-    update = Method(args, name)
+    update, _ = distillation(args, name)
     for _ in range(4):
         update()
     if args.device.type == "cuda":
@@ -230,7 +236,7 @@ def peak(args, name):
 def peaks(args):
     """`peak` of each method, each in a process of its own."""
     found = {}
-    for name in tqdm(args.methods, desc="memory", unit="method", dynamic_ncols=True):
+    for name in progress(iterable=args.methods, desc="memory", unit="method"):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found[name] = pool.apply(peak, (args, name))
     return found
@@ -239,7 +245,7 @@ def peaks(args):
 def distill_rows(args):
     """Updates of distill.py, method by method, and their peak memory."""
     memory = peaks(args)
-    calls = {name: Method(args, name) for name in args.methods}
+    calls = {name: distillation(args, name)[0] for name in args.methods}
     times = race(calls, args.repeats, args.device, "distillation", args.at_once)
     found = rows(times, args.batch)
     with torch.device("meta"):
@@ -259,7 +265,8 @@ def sample_rows(args):
     """Images of sample.py's sampler, from noise to pixels or latents."""
     config = config_of(args.model)
     net = UNet(config).to(args.device, memory_format=memory_format(args.device)).eval().requires_grad_(False)
-    sampler = Sampler(net, about_of(args), args.device, args.dtype, list(range(config.classes)) or None)
+    diffusion = dict(schedule="cosine", predicts="v") if args.model in CONFIGS else DIFFUSION
+    sampler = Sampler(net, diffusion | dict(shape=[3, args.size, args.size]), args.device, args.dtype, list(range(config.classes)) or None)
     calls = {f"{steps} steps": lambda steps=steps: sampler(range(args.batch), steps) for steps in args.steps}
     found = rows(race(calls, max(2, args.repeats // 4), args.device, "sampling"), args.batch)
     for row in found:

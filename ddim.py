@@ -57,7 +57,7 @@ class Cosine(Schedule):
     def alpha(self, t):
         return torch.cos(math.pi / 2 * t)
 
-    def sigma(self, t):                                       # exact near t = 0, where √(1 − cos²) loses half the digits
+    def sigma(self, t):                                       # exact near t = 0, where √(1 − cos²) loses digits
         return torch.sin(math.pi / 2 * t)
 
 

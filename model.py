@@ -255,7 +255,8 @@ class UNet(nn.Module):
                 skips.append(ch)
                 factor *= 2
 
-        self.mid = nn.ModuleList([Stage(ResBlock(c, ch, ch), attention(ch)), Stage(ResBlock(c, ch, ch))])
+        middle = attention(ch)
+        self.mid = nn.ModuleList([Stage(ResBlock(c, ch, ch), middle), Stage(ResBlock(c, ch, ch))])
 
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(c.mult))):

@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node=8 train.py --distill 0.15 --preset celeba64 --data celeba.zip
 
-Every process runs the same script. Whatever is random is drawn alike in all of them, for the whole batch, and each takes
-its own rows of it. So a run on eight ranks is the run on one, but for the order in which gradients are summed.
+Every process runs the same script. Whatever is random is drawn alike in all of them, for the whole batch, and each
+takes its own rows of it. So a run on eight ranks is the run on one, but for the order in which gradients are summed.
 """
 
 import ctypes
@@ -85,13 +85,6 @@ def autocast(device, dtype):
 def memory_format(device):
     """The order of an image's values in memory that convolutions like best: pixels first, channels last on a GPU."""
     return torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
-
-
-def device_flags(g):
-    """`--device` and `--dtype`, for every script that runs a network."""
-    g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
-    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
-                   help="precision of the network's insides (default: bf16 where the hardware has it)")
 
 
 # ---- several processes ----------------------------------------------------------------------------------

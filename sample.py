@@ -14,46 +14,55 @@ interrupted goes on where it stopped when the same command is given again.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from data import save_grid, to_pixels
-from ddim import Denoiser, noise, sample
+from data import save_grid, to_pixels, whole_file
+from ddim import Denoiser, ddim_sample, start_noise
+from flags import at_least, device_flags
 from ldm import autoencoder_of, export, image_size, ldm_flag, load_model, model_hash
-from model import autocast, from_first, in_turn, launch, memory_format, pick_device, pick_dtype, progress, rank
+from runtime import autocast, broadcast, launch, map_over_ranks, memory_format, pick_device, pick_dtype, progress, rank
 
-# ---- one batch, one grid ------------------------------------------------------------------------------
+# ---- one batch, one grid --------------------------------------------------------------------------------
 
 
 class Sampler:
     """A checkpoint's model made ready to draw images by their number.
 
     xhat     Denoiser;  shape (C, H, W) of what it draws: an image, or the latents that LDM's autoencoder decodes
-    classes  class indices given to image 0, 1, 2 … in turn, or None for an unconditional model
-    decoded_at_a_time  latents, as a 256x256 image needs 0.2 GB for its decoding; None: what suits the device
+    classes  class indices given to image 0, 1, 2 … in turn, or None for an unconditional model;  w  their guidance
+    decode_batch  latents decoded at a time, as a 256x256 image needs 0.2 GB for it; None: what suits the device
     """
 
-    def __init__(self, net, state, device, dtype, classes=None, w=1.0, seed=0, decoded_at_a_time=None):
+    def __init__(self, net, state, device, dtype, classes=None, w=1.0, seed=0, decode_batch=None):
         self.xhat, self.shape = Denoiser.of(net, state), state["shape"]
         self.device, self.dtype, self.classes, self.w, self.seed = device, dtype, classes, w, seed
         self.autoencoder = autoencoder_of(state, device) if "ldm" in state else None
         self.image_shape = [3, image_size(state), image_size(state)] if self.autoencoder else self.shape
-        self.decoded_at_a_time = decoded_at_a_time or (8 if device.type == "cuda" else 1)
+        self.decode_batch = decode_batch or (8 if device.type == "cuda" else 1)
 
     def labels(self, indices):
-        """The classes (B,) of images number `indices`, or None."""
-        return self.classes and torch.tensor([self.classes[i % len(self.classes)] for i in indices])
+        """The classes (B,) of images number `indices`, on the device, or None."""
+        return self.classes and torch.tensor([self.classes[i % len(self.classes)] for i in indices], device=self.device)
 
-    def __call__(self, indices, steps, bar=None):
+    def __call__(self, indices, steps):
         """Images number `indices` (B, 3, H, W) in about [-1, 1], float32 on the device."""
-        return self.decode(self.draw(indices, steps, bar))
+        return self.decode(self.draw(indices, steps))
+
+    def draw(self, indices, steps):
+        """What the network draws for the images number `indices` (B, C, H, W): pixels or latents."""
+        z = start_noise(self.seed, indices, self.shape).to(self.device, memory_format=memory_format(self.device))
+        with autocast(self.device, self.dtype):
+            return ddim_sample(self.xhat, z, steps, self.labels(indices), self.w)
 
     @torch.no_grad()
     def decode(self, x):
@@ -61,135 +70,108 @@ class Sampler:
         if self.autoencoder is None:
             return x
         with autocast(self.device, self.dtype):
-            return torch.cat([self.autoencoder.decode(z.to(self.device)) for z in x.split(self.decoded_at_a_time)])
-
-    def draw(self, indices, steps, bar=None):
-        """What the network draws for the images number `indices` (B, C, H, W): pixels or latents."""
-        z = noise(self.seed, indices, self.shape).to(self.device, memory_format=memory_format(self.device))
-        y = self.labels(indices)
-        with autocast(self.device, self.dtype):
-            return sample(self.xhat, z, steps, y if y is None else y.to(self.device), self.w, bar)
+            return torch.cat([self.autoencoder.decode(z.to(self.device)) for z in x.split(self.decode_batch)])
 
 
 def draw_grid(samplers, steps, n, path):
-    """One PNG: a row for every step count and, in it, every model; the same n noises in every row.
+    """One PNG: a row for every step count and, in it, every model; the same n noises in every row. Rank 0 draws it.
 
     samplers  {name: Sampler} of models that draw images of one shape
     """
-    several = len(samplers) > 1
     if rank():
         return
+    rows, labels = [], []
     with progress(total=sum(steps) * len(samplers), desc="sampling", unit="step") as bar:
-        rows = [sampler(range(n), s, bar).cpu() for s in steps for sampler in samplers.values()]
-    labels = [f"{s} {name}" if several else f"{s} step{'s' * (s > 1)}" for s in steps for name in samplers]
+        for s, (name, sampler) in product(steps, samplers.items()):
+            rows.append(sampler(range(n), s).cpu())
+            labels.append(f"{s} {name}" if len(samplers) > 1 else f"{s} step{'s' * (s > 1)}")
+            bar.update(s)
     save_grid(torch.cat(rows), path, columns=n, labels=labels)
 
 
 # ---- many images ----------------------------------------------------------------------------------------
 
 
-class Folder:
-    """PNG files 00000.png, 00001.png … in a folder; whole files only, so that what exists counts as done."""
+class Samples:
+    """n images as files: 00000.png, 00001.png … in a folder, or one npz: arr_0 (N, H, W, 3) uint8, arr_1 (N,) classes.
 
-    def __init__(self, path, n, shape, settings, overwrite):
-        self.path, self.n = path, n
-        path.mkdir(parents=True, exist_ok=True)
-        old = [f for f in path.glob("*.png") if f.stem.isdigit()]
-        note = path / "settings.json"
-        keep = _keep(note, settings, bool(old), overwrite, path)
-        for f in [] if keep else old:
-            f.unlink()
-        note.write_text(json.dumps(settings, indent=1))       # after the old files: it vouches for all that is there
-        done = {int(f.stem) for f in old} if keep else set()
-        self.todo = [i for i in range(n) if i not in done]
+    A PNG file is whole or not there. An npz is made when all its pixels are there, in a raw file. So what exists counts
+    as done. A note of the settings lies with it, so that samples of two kinds never mix: exits if there are others that
+    may not be overwritten, or images that this script did not make. For rank 0 alone.
+    """
 
-    def write(self, pool, indices, pixels):
-        list(pool.map(self._write_one, indices, pixels))      # in threads: PIL compresses without the interpreter lock
+    def __init__(self, path, n, sampler, settings, overwrite):
+        self.path, self.n, self.sampler = path, n, sampler
+        self.raw = Path(f"{path}.raw") if path.suffix == ".npz" else None
+        if self.raw:                                          # a folder may grow later, an npz can't
+            note, settings = Path(f"{path}.json"), settings | {"n": n}
+            found = [f for f in (path, self.raw) if f.exists()]
+        else:
+            note, found = path / "settings.json", list(self._pngs().values())
+        noted = {}
+        with contextlib.suppress(OSError, ValueError):
+            noted = json.loads(note.read_text())
+        if found and not noted:
+            sys.exit(f"error: {path} holds images that sample.py did not write; choose another --save")
+        others = [k for k in settings if noted.get(k) != settings[k]]
+        if found and others and not overwrite:
+            sys.exit(f"error: {path} holds samples made with another {', '.join(others)}; "
+                     f"choose another --save, or --overwrite them")
+        for file in found if overwrite else []:
+            file.unlink()
+        with whole_file(note) as tmp:                         # after the old files: it vouches for all that is there
+            tmp.write_text(json.dumps(settings, indent=1))
 
-    def _write_one(self, i, pixels):
-        tmp = self.path / f"{i:05d}.tmp"
-        Image.fromarray(pixels).save(tmp, "PNG")
-        os.replace(tmp, self.path / f"{i:05d}.png")
+    def _pngs(self):
+        return {int(f.stem): f for f in self.path.glob("*.png") if f.stem.isdigit()}
 
-    def finish(self, labels):
-        pass
+    def missing(self):
+        """The numbers of the images to draw, in order."""
+        if not self.raw:
+            return sorted(set(range(self.n)) - self._pngs().keys())
+        size = self.raw.stat().st_size if self.raw.exists() else 0
+        done = min(size // np.prod(self.sampler.image_shape), self.n - 1)  # writing the last one makes the npz
+        return list(range(self.n if self.path.exists() else done, self.n))
 
-
-class Npz:
-    """One npz: arr_0 (N, H, W, 3) uint8, arr_1 (N,) classes if there are any; until it is whole, raw pixels."""
-
-    def __init__(self, path, n, shape, settings, overwrite):
-        self.path, self.n, self.image = path, n, (shape[1], shape[2], shape[0])
-        self.raw, self.note = path.with_name(path.name + ".raw"), path.with_name(path.name + ".json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        settings = settings | {"n": n}
-        if not _keep(self.note, settings, path.exists() or self.raw.exists(), overwrite, path):
-            path.unlink(missing_ok=True)
-            self.raw.unlink(missing_ok=True)
-        self.note.write_text(json.dumps(settings, indent=1))
-        done = n if path.exists() else 0
-        if self.raw.exists():                                 # a batch that was cut off in the middle is drawn again
-            done = self.raw.stat().st_size // np.prod(self.image)
-            os.truncate(self.raw, done * np.prod(self.image))
-        self.todo = list(range(done, n))
-
-    def write(self, pool, indices, pixels):
-        with open(self.raw, "ab") as f:
-            f.write(pixels.tobytes())
-
-    def finish(self, labels):
-        if not self.raw.exists():
+    def write(self, indices, pixels):
+        """Keep pixels (B, H, W, 3) uint8 as the images number `indices`, the next of those missing."""
+        if not self.raw:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL compresses without the interpreter lock
+                list(pool.map(self._write_png, indices, pixels))
             return
-        arrays = {"arr_0": np.memmap(self.raw, np.uint8, "r", shape=(self.n, *self.image))}
-        if labels is not None:
-            arrays["arr_1"] = labels.numpy()
-        tmp = self.path.with_name(self.path.name + ".tmp")
-        with open(tmp, "wb") as f:
-            np.savez(f, **arrays)                             # in pieces: 50,000 images need not fit in memory
-        os.replace(tmp, self.path)
-        self.raw.unlink()
+        with open(self.raw, "ab") as f:
+            f.truncate(indices[0] * pixels[0].nbytes)         # half an image, where a run was killed
+            f.write(pixels.tobytes())
+        if indices[-1] == self.n - 1:
+            arrays = {"arr_0": np.memmap(self.raw, np.uint8, "r", shape=(self.n, *pixels.shape[1:]))}
+            if self.sampler.classes:
+                arrays["arr_1"] = self.sampler.labels(range(self.n)).cpu().numpy()
+            with whole_file(self.path) as tmp, open(tmp, "wb") as f:
+                np.savez(f, **arrays)                         # in pieces: 50,000 images need not fit in memory
+            self.raw.unlink()
+
+    def _write_png(self, i, image):
+        with whole_file(self.path / f"{i:05d}.png") as tmp:
+            Image.fromarray(image).save(tmp, "PNG")
 
 
-def _keep(note, settings, present, overwrite, path):
-    """True if what lies at `path` was made with the same settings and may be continued; False if it must go.
+def save_images(sampler, steps, n, batch, samples):
+    """Draw those of n images that are missing, batch by batch, the ranks in turn. Ctrl-C leaves whole images.
 
-    Exits if other samples are there and may not be overwritten, or images that this script did not make.
+    samples  Samples on rank 0, which writes; None on the others
     """
+    missing = broadcast(samples and samples.missing())
+    batches = [missing[k:k + batch] for k in range(0, len(missing), batch)]
+    drawn = map_over_ranks(batches, lambda indices: to_pixels(sampler(indices, steps)))
+    bar = progress(total=n, initial=n - len(missing), desc=f"{steps} steps", unit="img")
     try:
-        old = json.loads(note.read_text())
-    except (OSError, ValueError):
-        old = None
-    if present and old is None:
-        sys.exit(f"error: {path} holds images that sample.py did not write; choose another --save")
-    if present and not overwrite and old != settings:
-        other = [k for k in settings if old.get(k) != settings[k]]
-        sys.exit(f"error: {path} holds samples made with another {', '.join(other)}; "
-                 f"choose another --save, or --overwrite them")
-    return present and not overwrite
-
-
-def save_images(sampler, steps, n, batch, target):
-    """Draw the images that `target` still misses, batch by batch, the ranks in turn. Ctrl-C leaves whole images.
-
-    target  a Folder or Npz on rank 0, which writes; None on the others
-    """
-    todo = from_first(target and target.todo)
-    batches, done = [todo[k:k + batch] for k in range(0, len(todo), batch)], n - len(todo)
-    try:
-        with (ThreadPoolExecutor(os.cpu_count()) as pool,
-              progress(total=n, initial=done, desc=f"{steps} steps", unit="img") as bar):
-            drawn = in_turn(batches, lambda indices: to_pixels(sampler(indices, steps)))
+        with bar:
             for indices, pixels in zip(batches, drawn, strict=False):        # nothing is drawn on other ranks than 0
-                target.write(pool, indices, pixels)
-                done += len(indices)
+                samples.write(indices, pixels)
                 bar.update(len(indices))
     except KeyboardInterrupt:
-        if rank() == 0:
-            print(f"stopped with {done:,} of {n:,} images in {target.path}; the same command, without --overwrite, "
-                  f"goes on")
+        print(f"stopped with {bar.n:,} of {n:,} images; the same command, without --overwrite, goes on")
         sys.exit(130)
-    if target:
-        target.finish(sampler.labels(range(n)))
 
 
 # ---- command line ---------------------------------------------------------------------------------------
@@ -197,61 +179,51 @@ def save_images(sampler, steps, n, batch, target):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", nargs="+", default=["out/train/ckpt.pt"], metavar="FILE",
-                   help="checkpoints of train.py or distill.py, or with --ldm files of LDM's: a row for each in every "
-                        "step count; with --save just one (default: out/train/ckpt.pt)")
-    ldm_flag(p)
-    p.add_argument("--size", type=int, help="with --ldm: side of the images in pixels (default: 256)")
-    p.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8, 64], metavar="N",
-                   help="network evaluations per image, each a row of the grid (default: 2 4 8 64); with --save one")
-    p.add_argument("-n", type=int, metavar="N", help="images: columns of the grid (default: 10), or how many to --save")
-    p.add_argument("--out", metavar="PATH",
-                   help="the grid: a .png, or a folder for grid.png (default: the last checkpoint's folder)")
-    p.add_argument("--save", metavar="PATH",
-                   help="instead of a grid, write -n images: PNG files into a folder, or one .npz")
-    p.add_argument("--export", metavar="DIR", help="instead of a grid, write one of LDM's models in diffusers' layout")
-    p.add_argument("--class", dest="classes", nargs="+", metavar="C",
+    g = p.add_argument_group("images")
+    g.add_argument("--ckpt", nargs="+", default=["out/train/ckpt.pt"], metavar="FILE",
+                   help="models: a row for each in every step count (default: out/train/ckpt.pt)")
+    g.add_argument("--steps", type=at_least(1), nargs="+", default=[2, 4, 8, 64], metavar="N",
+                   help="network evaluations per image, each a row of the grid (default: 2 4 8 64)")
+    g.add_argument("-n", type=at_least(1), metavar="N", help="columns of the grid (default: 10), or images to --save")
+    g.add_argument("--seed", type=at_least(0), default=0, help="of the noise (default: 0)")
+    g.add_argument("--class", dest="classes", nargs="+", metavar="C",
                    help="classes, by name or number, given to the images in turn (default: all of them)")
-    p.add_argument("--guidance", type=float, default=1.0, metavar="W",
+    g.add_argument("--guidance", type=float, default=1.0, metavar="W",
                    help="classifier-free guidance: 1 is none; more follows the class more strictly, at twice the cost")
-    p.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    p.add_argument("--raw", action="store_true", help="the weights themselves instead of their average (EMA)")
-    p.add_argument("--batch", type=int, default=64, help="images at a time with --save (default: 64)")
-    p.add_argument("--decode-batch", type=int, metavar="N",
+    g = p.add_argument_group("where to").add_mutually_exclusive_group()
+    g.add_argument("--out", metavar="PATH", help="the grid: a .png, or a folder for grid.png (default: beside --ckpt)")
+    g.add_argument("--save", metavar="PATH", help="no grid but -n images: PNG files into a folder, or one .npz")
+    g.add_argument("--export", metavar="DIR", help="no images: write one of LDM's models in diffusers' layout")
+    g = p.add_argument_group("LDM's models")
+    ldm_flag(g)
+    g.add_argument("--size", type=at_least(1), help="with --ldm: side of the images in pixels (default: 256)")
+    g.add_argument("--decode-batch", type=at_least(1), metavar="N",
                    help="images of an LDM decoded at a time (default: 8 on a GPU, 1 on a CPU)")
-    p.add_argument("--overwrite", action="store_true", help="delete the samples that --save finds there")
-    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
-    p.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
-                   help="precision of the network's insides (default: bf16 where the hardware has it)")
+    g = p.add_argument_group("rarely needed")
+    g.add_argument("--raw", action="store_true", help="the weights themselves instead of their average (EMA)")
+    g.add_argument("--batch", type=at_least(1), default=64, help="images at a time with --save (default: 64)")
+    g.add_argument("--overwrite", action="store_true", help="delete the samples that --save finds there")
+    device_flags(g)
     args = p.parse_args(argv)
     if args.save and (args.n is None or len(args.steps) != 1 or len(args.ckpt) != 1):
         p.error("--save needs -n, exactly one step count and one --ckpt: --steps 8 -n 50000 --save DIR")
-    if args.save and args.out:
-        p.error("--out is for the grid, --save for many images: give one of them")
-    if args.export and (args.save or args.out or len(args.ckpt) != 1):
-        p.error("--export writes one model itself, --out and --save are for samples: give one of them, and one --ckpt")
+    if args.export and len(args.ckpt) != 1:
+        p.error("--export writes one model: give one --ckpt")
     if args.out and Path(args.out).suffix not in ("", ".png"):
         p.error(f"--out {args.out}: the grid is a .png")
-    args.n = 10 if args.n is None else args.n
-    if min(args.n, args.batch, *args.steps, *(v for v in (args.size, args.decode_batch) if v is not None)) < 1:
-        p.error("--steps, -n, --size and both batches must be at least 1")
-    if args.seed < 0:
-        p.error("--seed must be at least 0")
     return args
 
 
 def pick_classes(wanted, guidance, state):
     """`--class` as class indices; all of them by default, None for a model without classes. Exits if impossible."""
     count, names = state["config"]["classes"], state["classes"]
-    if not count:
-        if wanted or guidance != 1:
-            sys.exit("error: this model was trained without --classes, so it knows no --class and no --guidance")
-        return None
-    numbers = {**{str(i): i for i in range(count)}, **{name: i for i, name in enumerate(names)}}
+    if not count and (wanted or guidance != 1):
+        sys.exit("error: this model was trained without --classes, so it knows no --class and no --guidance")
+    numbers = {str(i): i for i in range(count)} | {name: i for i, name in enumerate(names)}
     for c in wanted or []:
         if c not in numbers:
             sys.exit(f"error: no class {c!r}; this model has {', '.join(names) or f'0 … {count - 1}'}")
-    return [numbers[c] for c in wanted] if wanted else list(range(count))
+    return [numbers[c] for c in wanted] if wanted else list(range(count)) or None
 
 
 def load_sampler(path, args, device, dtype):
@@ -268,14 +240,8 @@ def load_sampler(path, args, device, dtype):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device)
+    device = pick_device("cpu" if args.export else args.device)
     dtype = pick_dtype(args.dtype, device)
-    if args.export:
-        if rank() == 0:
-            net, state = load_model(args.ckpt[0], "cpu", not args.raw, args.ldm, args.size)
-            export(net, state, args.export)
-            print(f"wrote {args.export}{told(state)}")
-        return
     samplers = {}
     for ckpt in args.ckpt:
         name = Path(ckpt).parent.name or Path(ckpt).stem
@@ -283,29 +249,29 @@ def main(argv=None):
         samplers[name if name not in samplers else str(ckpt)] = sampler
     if len({tuple(s.image_shape) for s in samplers.values()}) > 1:
         sys.exit("error: these models draw images of different sizes: they need a grid each")
-    path = Path(args.save or args.out or Path(args.ckpt[-1]).parent)
-    if not args.save and path.suffix != ".png":
-        path = path / "grid.png"
+    path = Path(args.export or args.save or args.out or Path(args.ckpt[-1]).parent)
     try:
-        if args.save:
+        if args.export:
+            if rank() == 0:
+                export(sampler.xhat.net, state, path)
+        elif args.save:
             settings = dict(ckpt=model_hash(args.ckpt[0]), steps=args.steps[0], seed=args.seed, classes=sampler.classes,
                             guidance=args.guidance, weights="raw" if args.raw else "ema", dtype=dtype)
             settings |= {"size": image_size(state)} if "ldm" in state else {}      # the others have only one
-            kind = Npz if path.suffix == ".npz" else Folder
-            target = None if rank() else kind(path, args.n, sampler.image_shape, settings, args.overwrite)
-            save_images(sampler, args.steps[0], args.n, args.batch, target)
+            samples = None if rank() else Samples(path, args.n, sampler, settings, args.overwrite)
+            save_images(sampler, args.steps[0], args.n, args.batch, samples)
         else:
-            draw_grid(samplers, args.steps, args.n, path)
+            path = path if path.suffix == ".png" else path / "grid.png"
+            draw_grid(samplers, args.steps, args.n or 10, path)
     except OSError as e:
         sys.exit(f"error: can't write {path} ({e.strerror or e})")
-    print(f"wrote {path}{told(state) if len(samplers) == 1 else ''}")
+    print(f"wrote {path}{describe_history(state) if len(samplers) == 1 else ''}")
 
 
-def told(state):
+def describe_history(state):
     """What was done to a distilled model, as the end of a sentence; nothing for one that was only trained."""
     runs = [h["how"] + (f", {h['updates']:,} updates" if "updates" in h else "")
-            + (f" from {h['steps']} steps" if "steps" in h else "")
-            for h in state.get("history", [])]
+            + (f" from {h['steps']} steps" if "steps" in h else "") for h in state.get("history", [])]
     return f" (the model: {'; then '.join(runs)})" if runs else ""
 
 

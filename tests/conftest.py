@@ -6,10 +6,22 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(channels=8, mult=(1, 2), blocks=1, attention=(), groups=4, head_channels=8)      # of a UNetConfig
+
+
+SMALL_RUN = ["--size", "8", "--channels", "16", "--mult", "1", "2", "--attention", "--batch", "8", "--sample-steps",
+             "2", "--device", "cpu", "--log-every", "1", "--sample-every", "0", "--save-every", "5"]     # of train.py
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    """The flags of a training run of a second, on ten labelled images, into tmp_path / "out"."""
+    return [*SMALL_RUN, "--data", labelled_images(tmp_path / "data"), "--cache", str(tmp_path / "cache"),
+            "--out", str(tmp_path / "out")]
 
 
 def log_of(out):

@@ -1,6 +1,6 @@
-"""Gradients of one update in float64, for test_ranks.py: alone, or with others under torchrun.
+"""Gradients of one update of each method in float64, for test_ranks.py: alone, or with others under torchrun.
 
-    torchrun --nproc_per_node=2 tests/gradients.py train ACCUMULATE OUT.pt
+    torchrun --nproc_per_node=2 tests/gradients.py OUT.pt
 """
 
 import sys
@@ -12,9 +12,27 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import distill  # noqa: E402
 import train  # noqa: E402
-from model import UNet, UNetConfig, launch, pick_device, rank, ranks  # noqa: E402
+from model import UNet, UNetConfig  # noqa: E402
+from plans import plan  # noqa: E402
+from runtime import launch, local_rows, pick_device, rank  # noqa: E402
+from trainer import Trainer  # noqa: E402
 
 TINY = dict(channels=8, mult=(1, 2), blocks=1, attention=(), groups=4, head_channels=8, classes=3)
+METHODS = {"train": 2, "dsdi": 1, "tsd": 2, "pd": 1}         # and into how many parts a batch is taken
+
+
+class FourUpdates(Trainer):
+    """Its loop makes four updates, of which the last leaves its gradients and no step."""
+
+    def steps(self):
+        step, zero_grad = self.opt.step, self.opt.zero_grad
+        for self.step in range(4):                            # noqa: B020 (long enough for walks to end and begin)
+            if self.step == 3:
+                self.opt.step, self.opt.zero_grad = (lambda: None), (lambda **_: None)
+            yield self.step
+        self.gradients = {name: p.grad.clone() for name, p in self.net.named_parameters()}
+        self.opt.step, self.opt.zero_grad = step, zero_grad
+        zero_grad()
 
 
 def gradients(method, accumulate=1):
@@ -26,35 +44,27 @@ def gradients(method, accumulate=1):
         net = UNet(UNetConfig(**TINY))
         for p in net.parameters():
             p.data += 0.1 * torch.randn_like(p)
-        settings = dict(batch=8, accumulate=accumulate, dtype="fp32", clip=1e9, lr=1e-9)
-        about = dict(schedule="cosine", predicts="v", shape=[3, 8, 8], classes=["a", "b", "c"])
+        flags = ["--updates", "9"] if method == "train" else ["--schedule", method, "--steps", "8", "--updates", "12"]
+        args = (train if method == "train" else distill).parse_args(flags)
+        vars(args).update(batch=8, accumulate=accumulate, dtype="fp32", clip=1e9, lr=1e-9, out=None)
+        trainer = FourUpdates(args, net, device, dict(schedule="cosine", predicts="v", shape=[3, 8, 8]))
         x, y = torch.randn(8, 3, 8, 8), torch.arange(8) % 3
-        stream = iter(lambda: (x.chunk(ranks())[rank()], y.chunk(ranks())[rank()]), None)
+        stream = iter(lambda: (local_rows(x), local_rows(y)), None)
         if method == "train":
-            args = train.parse_args(["--updates", "9"])
-            vars(args).update(settings)
-            run = train.Run(args, net, device, about)
-            losses = train.Losses(run, stream, b=0.15)
+            train.train(trainer, stream, b=0.15)
+        elif method == "pd":
+            distill.progressive(trainer, plan(method, 8, 12), stream)
         else:
-            args = distill.parse_args(["--schedule", method, "--steps", "8", "--updates", "12"])
-            vars(args).update(settings, stagger=method == "dsdi")
-            run, losses = distill.setup(args, net, device, about, stream)
-        for step in range(3):                                 # long enough for walks to end and begin on either rank
-            run.update(losses(step))
-        run.opt.step = lambda: None                           # the gradients are what is wanted
-        zero_grad, run.opt.zero_grad = run.opt.zero_grad, lambda **_: None
-        run.update(losses(3))
-        found = {name: p.grad.clone() for name, p in net.named_parameters()}
-        zero_grad()
-        return found
+            distill.fine_tune(trainer, plan(method, 8, 12))
+        return trainer.gradients
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 def main():
-    result = gradients(sys.argv[1], int(sys.argv[2]))
+    found = {method: gradients(method, accumulate) for method, accumulate in METHODS.items()}
     if rank() == 0:
-        torch.save(result, sys.argv[3])
+        torch.save(found, sys.argv[1])
 
 
 if __name__ == "__main__":

@@ -9,18 +9,16 @@ from torch.testing import assert_close
 
 from ddim import (
     SCHEDULES,
+    WEIGHTS,
     Cosine,
     Denoiser,
     LDMDiscrete,
     ddim_inverse,
+    ddim_sample,
     ddim_step,
     ddim_target,
-    noise,
-    sample,
-    to_eps,
-    to_v,
+    start_noise,
     to_x,
-    truncated_snr,
 )
 from train import training_loss
 
@@ -56,7 +54,7 @@ class Point(torch.nn.Module):
         a, s = self.schedule(t)
         s = s.clamp(min=1e-12)                               # at t = 0 an exact ε is 0 / 0
         x = self.x0.expand_as(z)
-        return {"x": x, "eps": to_eps(x, z, a, s), "v": to_v(x, z, a, s)}[self.kind]
+        return {"x": x, "eps": (z - a * x) / s, "v": (a * z - x) / s}[self.kind]
 
 
 class Gaussian(torch.nn.Module):
@@ -138,15 +136,13 @@ def test_one_jump_with_the_target_lands_where_two_steps_do():
 
 
 @pytest.mark.parametrize("kind", ["v", "eps", "x"])
-def test_predictions_convert_into_each_other(kind):
+def test_every_prediction_stands_for_the_same_clean_image(kind):
     x, eps = torch.randn(SHAPE, dtype=torch.double), torch.randn(SHAPE, dtype=torch.double)
     a, s = Cosine()(torch.rand(64, dtype=torch.double) * 0.9 + 0.05)
     z = a * x + s * eps
     out = {"v": a * eps - s * x, "eps": eps, "x": x}[kind]
     back = to_x(kind, out, z, a, s)
     assert_close(back, x)
-    assert_close(to_eps(back, z, a, s), eps)
-    assert_close(to_v(back, z, a, s), a * eps - s * x)
 
 
 def test_an_unknown_prediction_is_refused():
@@ -155,7 +151,7 @@ def test_an_unknown_prediction_is_refused():
 
 
 def test_truncated_snr_is_the_snr_but_at_least_one():
-    assert_close(truncated_snr(torch.tensor([-3.0, 0.0, 2.0])), torch.tensor([1.0, 1.0, math.exp(2)]))
+    assert_close(WEIGHTS["snr"](torch.tensor([-3.0, 0.0, 2.0])), torch.tensor([1.0, 1.0, math.exp(2)]))
 
 
 def test_ldm_times_are_the_originals_where_n_divides_1000_and_exactly_n_elsewhere():
@@ -178,7 +174,7 @@ def test_data_in_one_point_is_sampled_exactly_in_n_evaluations(kind, name, steps
     x0, schedule = torch.randn(1, 3, 4, 4, dtype=torch.double), SCHEDULES[name]()
     net = Point(x0, schedule, kind)
     z = torch.randn(5, 3, 4, 4, dtype=torch.double)
-    x = sample(Denoiser(net, schedule, kind), z, steps)
+    x = ddim_sample(Denoiser(net, schedule, kind), z, steps)
     assert net.calls == steps
     a, s = schedule(0.0)                                     # LDM's last step keeps a trace of the noise
     tolerance = 1e-9 if name == "cosine" else 3 * s.item() + (1 - a.item())
@@ -208,8 +204,8 @@ def test_gaussian_data_is_sampled_as_the_closed_form_says():
         (a, s), (a1, s1) = ab(schedule, t), ab(schedule, t1)
         gain *= (a1 * a * d ** 2 + s1 * s) / (a ** 2 * d ** 2 + s ** 2)
     xhat = Denoiser(Gaussian(m, d, schedule), schedule)
-    assert_close(sample(xhat, z, 8), m + gain * z)
-    assert_close(sample(xhat, z, 2000), m + d * z, rtol=2e-3, atol=2e-3)
+    assert_close(ddim_sample(xhat, z, 8), m + gain * z)
+    assert_close(ddim_sample(xhat, z, 2000), m + d * z, rtol=2e-3, atol=2e-3)
 
 
 def test_gaussian_data_has_the_loss_of_the_closed_form():
@@ -286,8 +282,8 @@ def test_guidance_is_null_plus_w_times_the_difference_and_one_batch():
         Denoiser(net, Cosine(), "x")(z, 0.5, y, 2.0)
 
 
-def test_noise_depends_on_seed_and_index_alone():
-    a = noise(5, range(10), (3, 8, 8))
-    assert_close(noise(5, [7, 2], (3, 8, 8)), a[[7, 2]], rtol=0, atol=0)
-    assert not torch.equal(noise(6, [0], (3, 8, 8))[0], a[0])
+def test_start_noise_depends_on_seed_and_index_alone():
+    a = start_noise(5, range(10), (3, 8, 8))
+    assert_close(start_noise(5, [7, 2], (3, 8, 8)), a[[7, 2]], rtol=0, atol=0)
+    assert not torch.equal(start_noise(6, [0], (3, 8, 8))[0], a[0])
     assert abs(a.mean()) < 0.1 and abs(a.std() - 1) < 0.1

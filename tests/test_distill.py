@@ -1,32 +1,35 @@
-"""distill.py: the plans, Algorithm 2 and 1 by hand, what has a gradient and what has none, resuming, refusing."""
+"""distill.py: Algorithms 1 and 2 by hand, what has a gradient and what has none, resuming, refusing."""
 
-import copy
-import json
 import math
 import signal
-import subprocess
-import sys
 import time
 import types
-from pathlib import Path
+from dataclasses import asdict
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import TINY, labelled_images, log_of, same, start
 from torch import nn
 from torch.testing import assert_close
 
 import distill
 import sample
-import train
+from checkpoint import load_checkpoint, save_checkpoint
 from ddim import Cosine, Denoiser
-from model import UNet, UNetConfig, config_dict, load_checkpoint, save_checkpoint
+from model import UNet, UNetConfig
+from plans import METHODS, locate, plan
+from trainer import Trainer
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-TINY = dict(channels=8, mult=(1, 2), blocks=1, attention=(), groups=4, head_channels=8)
 SHAPE = [3, 8, 8]
+
+
+@pytest.fixture
+def double():
+    """Everything in float64: what is drawn, the times, the networks."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def tiny_net(classes=0, seed=0):
@@ -38,15 +41,36 @@ def tiny_net(classes=0, seed=0):
     return net
 
 
+class Watched(Trainer):
+    """A Trainer without files that calls before(step) and after(step) around each update of its loop."""
+
+    before = after = staticmethod(lambda step: None)
+
+    def steps(self):
+        while self.step < self.args.updates:
+            self.before(self.step)
+            yield self.step
+            self.after(self.step)
+            self.step += 1
+
+
 def a_run(net, schedule="dsdi", steps=8, updates=12, **kw):
-    """A Run and its Updates without files, and the plan."""
+    """(Trainer, its plan), for `distill.fine_tune` or `distill.progressive`."""
     args = distill.parse_args(["--schedule", schedule, "--steps", str(steps), "--updates", str(updates)])
-    vars(args).update(dict(batch=4, lr=1e-3, lr_end=1e-3, warmup=0, ema=0.9, dtype="fp32") | kw)
-    torch.manual_seed(0)
-    about = dict(schedule="cosine", predicts="v", shape=SHAPE)
-    run, updates = distill.setup(args, net, CPU, about)
-    updates.source.z, updates.source.w = updates.source.z.double(), updates.source.w.double()
-    return run, updates, updates.plan
+    vars(args).update(dict(out=None, batch=4, lr=1e-3, lr_end=1e-3, warmup=0, ema=0.9, dtype="fp32") | kw)
+    trainer = Watched(args, net.requires_grad_(True), CPU, dict(schedule="cosine", predicts="v", shape=SHAPE),
+                      ema_warmup=False)
+    return trainer, plan(schedule, steps, updates)
+
+
+class Calls(list):
+    """What networks were called with: (network, z, t of the first image, y, whether gradients were on)."""
+
+    def watch(self, *nets):
+        for net in nets:
+            net.register_forward_pre_hook(lambda net, a: self.append(
+                (net, a[0], a[1][0].item(), a[2] if len(a) > 2 else None, torch.is_grad_enabled())))
+        return self
 
 
 @pytest.fixture
@@ -61,7 +85,7 @@ def ckpt(tmp_path):
 
 def write_ckpt(net, path, classes=()):
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = dict(config=config_dict(net.config), schedule="cosine", predicts="v", shape=SHAPE, classes=list(classes),
+    state = dict(config=asdict(net.config), schedule="cosine", predicts="v", shape=SHAPE, classes=list(classes),
                  args=dict(data="faces.zip", crop=None, distill=0.15, updates=7), step=7,
                  weights=net.state_dict(), ema=net.state_dict())
     save_checkpoint(path, state)
@@ -72,62 +96,6 @@ def flags(ckpt, out, **kw):
     base = dict(steps=8, updates=12, batch=4, device="cpu", dtype="fp32", log_every=1, save_every=5, lr=1e-4)
     pairs = [[f"--{k.replace('_', '-')}", str(v)] for k, v in (base | kw).items()]
     return ["--ckpt", str(ckpt), "--out", str(out), *sum(pairs, [])]
-
-
-def log_of(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def same(a, b):
-    return all(torch.equal(a[k], b[k]) for k in a)
-
-
-# ---- plans ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("schedule", distill.SCHEDULES)
-@pytest.mark.parametrize("steps", [2, 6, 48, 50, 64])
-@pytest.mark.parametrize("updates", [32, 33, 1000, 4001])
-def test_a_plan_spends_exactly_P(schedule, steps, updates):
-    plan = distill.plan(schedule, steps, updates)
-    assert sum(n for _, n in plan) == updates
-    assert plan[0][0] == steps and all(n >= 1 and d % 2 == 0 and d >= 2 for d, n in plan)
-    assert [d for d, _ in plan] == sorted({d for d, _ in plan}, reverse=True)
-
-
-def test_the_depths_are_the_papers():
-    depths = {s: [d for d, _ in distill.plan(s, 64, 4000)] for s in distill.SCHEDULES}
-    assert depths["dsdn"] == [64]
-    assert depths["dsdi"] == depths["tsd"] == depths["pd"] == [64, 32, 16, 8, 4, 2]
-    assert depths["dsdgl"] == depths["dsdgexp"] == list(range(64, 0, -2))
-    assert [d for d, _ in distill.plan("dsdi", 50, 99)] == [50, 24, 12, 6, 2]      # odd halves are rounded down
-
-
-def test_the_shares_are_the_papers():
-    for schedule in ("dsdi", "dsdgl", "tsd", "pd"):
-        updates = [n for _, n in distill.plan(schedule, 64, 4000)]
-        assert max(updates) - min(updates) <= 1
-    plan = distill.plan("dsdgexp", 64, 100_000)
-    aims = [max(1, d - 2) for d, _ in plan]                                        # …, 6, 4, 2, 1
-    assert aims[-4:] == [6, 4, 2, 1]
-    total = sum(math.exp(1 / s) for s in aims)
-    for (_, n), s in zip(plan, aims, strict=True):
-        assert abs(n - 100_000 * math.exp(1 / s) / total) < 3
-    assert plan[-1][1] > 2.5 * plan[0][1]
-
-
-@pytest.mark.parametrize("steps,updates,word", [(63, 100, "even"), (0, 100, "even"), (-2, 9, "even"),
-                                                (64, 31, "32 depths"), (64, 0, "32 depths")])
-def test_a_plan_that_cant_be_made_is_refused(steps, updates, word):
-    with pytest.raises(ValueError, match=word):
-        distill.plan("dsdgl", steps, updates)
-
-
-def test_place_walks_through_the_plan():
-    plan = [(8, 3), (4, 1), (2, 2)]
-    assert [distill.place(plan, i) for i in range(6)] == [(8, 0), (8, 1), (8, 2), (4, 0), (2, 0), (2, 1)]
-    with pytest.raises(IndexError):
-        distill.place(plan, 6)
 
 
 # ---- the loss --------------------------------------------------------------------------------------------
@@ -147,12 +115,12 @@ def by_hand(net, z, t, t1, t2, weight, target, teacher=None):
         z2 = a2 * x1 + s2 / s1 * (z1 - a1 * x1)
         goal = (z2 - s2 / s * z) / (a2 - s2 / s * a) if target == "ddim" else x1
     snr = a * a / (s * s)
-    w = {"snr": max(snr, 1), "logsnr": max(math.log(snr), 1), "none": 1}[weight]
+    w = {"snr": max(snr, 1), "none": 1}[weight]
     return w * (x - goal).square().mean(), z2
 
 
 @pytest.mark.parametrize("target", ["ddim", "x0"])
-@pytest.mark.parametrize("weight", ["snr", "logsnr", "none"])
+@pytest.mark.parametrize("weight", ["snr", "none"])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("i", [8, 2])
 def test_one_update_is_algorithm_2(target, weight, frozen, i):
@@ -165,7 +133,7 @@ def test_one_update_is_algorithm_2(target, weight, frozen, i):
     xhat, teacher = Denoiser(net, Cosine(), "v"), Denoiser(other, Cosine(), "v")
     times = [torch.full((4,), v, dtype=torch.float64) for v in (t, t1, t2)]
     second, first = (teacher, teacher) if frozen else (xhat, None)
-    loss, z2 = distill.distillation_loss(xhat, z, times, second, first, target, weight)
+    loss, z2 = distill.distillation_loss(xhat, z, *times, None, None, second, first, target, weight)
     assert_close(loss, want[1])
     assert_close(z2, z_want)
     assert_close(torch.autograd.grad(loss, list(net.parameters())), want[0])
@@ -179,7 +147,7 @@ def test_only_x_prime_has_a_gradient():
     times = [torch.full((4,), v, dtype=torch.float64) for v in (0.5, 0.4, 0.3)]
     for second, first in ((hat(net), None), (hat(average), None), (hat(teacher), hat(teacher))):
         net.zero_grad()
-        loss, z2 = distill.distillation_loss(hat(net), z, times, second, first)
+        loss, z2 = distill.distillation_loss(hat(net), z, *times, None, None, second, first)
         assert not z2.requires_grad
         loss.backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
@@ -187,158 +155,168 @@ def test_only_x_prime_has_a_gradient():
 
 
 class Constant(nn.Module):
-    """The model of a world of one picture: it knows the answer at every t (as v)."""
+    """The model of a world of one picture: it knows the answer at every t (as v), but for an error at t > 0.9."""
 
-    def __init__(self):
+    def __init__(self, error=0.0):
         super().__init__()
-        self.config = types.SimpleNamespace(classes=0)
+        self.config, self.error = types.SimpleNamespace(classes=0), error
         self.x = nn.Parameter(torch.randn(*SHAPE, dtype=torch.float64))
 
     def forward(self, z, t):
-        a, s = Cosine()(torch.as_tensor(t).double().expand(len(z)))
-        return (a * z - self.x) / s
+        t = torch.as_tensor(t).double().expand(len(z))
+        a, s = Cosine()(t)
+        return (a * z - self.x - self.error * (t > 0.9).reshape(-1, 1, 1, 1)) / s
 
 
 @pytest.mark.parametrize("schedule", ["dsdn", "dsdi", "dsdgl", "dsdgexp", "tsd"])
-def test_a_model_that_knows_the_answer_does_not_move(schedule):
-    net = Constant()
-    run, updates, _ = a_run(net, schedule)
+@pytest.mark.parametrize("error", [0.0, 0.5])
+def test_a_model_that_knows_the_answer_does_not_move(schedule, error, double):
+    """Twelve updates of Adam leave it where it is; one that is wrong at one noise level is pulled."""
+    net = Constant(error)
+    trainer, steps = a_run(net, schedule)
+    trainer.opt.param_groups[0]["eps"] = 1e-3                 # or Adam would make steps of mere rounding errors
     before = net.x.detach().clone()
-    for step in range(12):
-        loss, _ = next(updates(step))
-        assert loss < 1e-9                                    # times are float32
-        assert torch.autograd.grad(loss, net.x, retain_graph=True)[0].norm() < 1e-5
-    assert torch.equal(net.x, before)
-    # and one that is off at one noise level only is pulled
-    net.x.data += 0.1
-    skewed = Denoiser(lambda z, t: net(z, t) + (torch.as_tensor(t) > 0.9).double().reshape(-1, 1, 1, 1), Cosine(), "v")
-    times = [torch.full((4,), v, dtype=torch.float64) for v in (1.0, 0.875, 0.75)]
-    assert distill.distillation_loss(skewed, torch.randn(4, *SHAPE).double(), times, skewed)[0] > 1e-3
+    distill.fine_tune(trainer, steps)
+    moved = (net.x - before).abs().max().item()
+    assert moved < 1e-5 if error == 0 else moved > 1e-3
 
 
-# ---- trajectories, teachers, averages ----------------------------------------------------------------------
+# ---- the loops -----------------------------------------------------------------------------------------------
 
 
-class Recorder:
-    """A Denoiser's network that notes what it was called with."""
-
-    def __init__(self, net):
-        self.net, self.config, self.calls = net, net.config, []
-
-    def __call__(self, z, t, y=None):
-        self.calls.append((torch.as_tensor(t).clone(), None if y is None else y.clone(), torch.is_grad_enabled()))
-        return self.net(z, t) if y is None else self.net(z, t, y)
-
-
-def test_a_trajectory_walks_the_chain_and_starts_again():
+def test_a_trajectory_walks_the_chain_and_starts_again(double):
     """Two evaluations an update at t, t'; from noise down to t'' = 0, then fresh noise; z_t'' is the next z_t."""
-    run, updates, plan = a_run(tiny_net(), "dsdn", steps=8, updates=9)
-    updates.xhat.net = spy = Recorder(run.net)
-    seen = []
-    for step in range(9):
-        next(updates(step))
-        seen.append(updates.source.z.clone())
-    first = [t[0].item() for t, _, _ in spy.calls[0::2]]
-    second = [t[0].item() for t, _, _ in spy.calls[1::2]]
-    assert len(spy.calls) == 18
-    assert first == [1, 0.75, 0.5, 0.25] * 2 + [1] and second == [0.875, 0.625, 0.375, 0.125] * 2 + [0.875]
-    assert [g for _, _, g in spy.calls] == [True, False] * 9
-    assert_close(updates.source.ends, seen[7])                # where the second walk arrived
-    assert not torch.allclose(seen[3], seen[7])
+    trainer, steps = a_run(tiny_net(), "dsdn", steps=8, updates=9)
+    calls, seen, ends = Calls().watch(trainer.net), [], []
+    trainer.after = lambda step: (seen.append(trainer.carried["z"]), ends.append(trainer.carried.get("ends")))
+    distill.fine_tune(trainer, steps)
+    first, second = calls[0::2], calls[1::2]
+    assert [t for _, _, t, _, _ in first] == [1, 0.75, 0.5, 0.25] * 2 + [1]
+    assert [t for _, _, t, _, _ in second] == [0.875, 0.625, 0.375, 0.125] * 2 + [0.875]
+    assert [grad for *_, grad in calls] == [True, False] * 9
+    for step in range(1, 9):
+        goes_on = torch.equal(first[step][1], seen[step - 1])
+        assert goes_on == (step % 4 != 0)                     # the fourth update arrives; then noise
+    assert ends[2] is None and torch.equal(ends[6], seen[3]) and torch.equal(ends[8], seen[7])
+    for start_of_a_walk in (0, 4, 8):
+        z = first[start_of_a_walk][1]
+        assert abs(z.mean()) < 0.2 and abs(z.std() - 1) < 0.1
 
 
 def test_a_depth_that_ends_cuts_its_trajectory_short():
-    run, updates, plan = a_run(tiny_net(), "dsdi", steps=8, updates=8)
-    assert plan[0][1] < 4                                     # less than one walk
-    updates.xhat.net = spy = Recorder(run.net)
-    for step in range(8):
-        next(updates(step))
-    starts = [t[0].item() for t, _, _ in spy.calls[0::2]]
-    want = []
-    for depth, n in plan:
-        want += [1 - 2 * (u % (depth // 2)) / depth for u in range(n)]
-    assert starts == want
+    trainer, steps = a_run(tiny_net().float(), "dsdi", steps=8, updates=8)
+    assert steps[0][1] < 4                                    # less than one walk
+    calls = Calls().watch(trainer.net)
+    distill.fine_tune(trainer, steps)
+    want = [1 - 2 * (u % (depth // 2)) / depth for depth, n in steps for u in range(n)]
+    assert [t for _, _, t, _, _ in calls[0::2]] == want
 
 
-def test_the_teacher_is_frozen_and_replaced_at_each_depth():
-    run, updates, plan = a_run(tiny_net(), "tsd", steps=8, updates=9)
-    teacher = run.parts["teacher"]
-    for step in range(9):
-        depth, u = distill.place(plan, step)
-        before = copy.deepcopy(teacher.state_dict())
-        student = copy.deepcopy(run.net.state_dict())
-        loss, _ = next(updates(step))
-        run.update(iter([(loss, {})]))
-        assert same(teacher.state_dict(), student if u == 0 else before)
-        assert not same(teacher.state_dict(), run.net.state_dict())
+@pytest.mark.parametrize("schedule", ["tsd", "pd"])
+def test_the_teacher_is_frozen_and_replaced_at_each_depth(schedule):
+    trainer, steps = a_run(tiny_net().float(), schedule, steps=8, updates=9)
+    teacher, was = trainer.second_net("teacher"), {}
+    copy_of = lambda net: {k: v.clone() for k, v in net.state_dict().items()}  # noqa: E731
+    trainer.before = lambda step: was.update(teacher=copy_of(teacher), student=copy_of(trainer.net))
+
+    def after(step):
+        _, u = locate(steps, step)
+        assert same(teacher.state_dict(), was["student" if u == 0 else "teacher"])
+        assert not same(teacher.state_dict(), trainer.net.state_dict())
+
+    trainer.after = after
+    if schedule == "pd":
+        distill.progressive(trainer, steps, iter(lambda: (torch.randn(4, *SHAPE), None), None))
+    else:
+        distill.fine_tune(trainer, steps)
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
 
 
-def test_tsd_follows_the_teacher_not_the_student():
-    run, updates, _ = a_run(tiny_net(), "tsd", steps=8, updates=12)
-    loss, _ = next(updates(0))
-    run.update(iter([(loss, {})]))
-    z = updates.source.z.clone()
-    _, z_want = by_hand(run.net, z, 0.75, 0.625, 0.5, "snr", "ddim", run.parts["teacher"])
-    next(updates(1))
-    assert_close(updates.source.z, z_want)
+def test_tsd_follows_the_teacher_not_the_student(double):
+    trainer, steps = a_run(tiny_net(), "tsd", steps=8, updates=12)
+    z = []
+    trainer.after = lambda step: z.append(trainer.carried["z"])
+    distill.fine_tune(trainer, steps[:1] * 3)                 # the first depth only: its teacher is the first student
+    _, z_want = by_hand(tiny_net(), z[0], 0.75, 0.625, 0.5, "snr", "ddim")
+    assert_close(z[1], z_want)
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.9])
 def test_target_ema_is_a_running_average(decay):
     """D makes the second evaluation by an average of the weights; with the D of --ema no further copy is held."""
-    run, updates, _ = a_run(tiny_net(), target_ema=decay, ema=0.9)
-    assert ("target" in run.parts) == (decay != 0.9)
-    average = copy.deepcopy(run.net.state_dict())
-    for step in range(5):
-        loss, _ = next(updates(step))
-        used = updates.second.net.state_dict()
-        assert_close(used, average)
-        run.update(iter([(loss, {})]))
-        average = {k: decay * average[k] + (1 - decay) * v for k, v in run.net.state_dict().items()}
-    assert updates.first is None and updates.second.net is not run.net
+    trainer, steps = a_run(tiny_net().float(), target_ema=decay, ema=0.9)
+    average = trainer.ema if decay == 0.9 else trainer.second_net("target")
+    want = {k: v.clone() for k, v in trainer.net.state_dict().items()}
+    used = Calls().watch(trainer.net, average)
+
+    def before(step):
+        assert_close(average.state_dict(), want)
+        del used[:]
+
+    def after(step):
+        assert [net for net, *_ in used] == [trainer.net, average]
+        for k, v in trainer.net.state_dict().items():
+            want[k] = decay * want[k] + (1 - decay) * v
+
+    trainer.before, trainer.after = before, after
+    distill.fine_tune(trainer, steps)
+    assert set(trainer.extra_state) == (set() if decay == 0.9 else {"target"})
 
 
-def test_without_target_ema_no_second_set_of_weights_is_held():
-    run, updates, _ = a_run(tiny_net())
-    assert set(run.parts) == {"trajectories"} and updates.second is updates.xhat
+def test_plain_dsd_holds_no_second_set_of_weights():
+    trainer, steps = a_run(tiny_net().float())
+    distill.fine_tune(trainer, steps)
+    assert trainer.extra_state == {} and set(trainer.carried) == {"z", "ends"}
 
 
-def test_pd_draws_t_on_the_students_grid():
+def test_pd_draws_t_on_the_students_grid(monkeypatch):
     """z_t from data at t = i / (N/2), uniformly; the teacher's two half-steps end on the grid again."""
-    x = torch.full((3000, 3, 4, 4), 0.5)
-    points = distill.DataPairs(a_run(tiny_net(), batch=3000)[0], iter([(x, None)]))
-    z, (t, t1, t2), cond = points.batch(Denoiser(None, Cosine(), "v"), 16, 0)
+    x, given = torch.full((3000, 3, 4, 4), 0.5), []
+
+    def loss(xhat, z, t, t1, t2, y, w, second, first, target, weight):
+        given.append((z, t, t1, t2))
+        assert y is w is None and first is second and first.net is not xhat.net
+        return xhat.net.out.bias.sum(), z
+
+    monkeypatch.setattr(distill, "distillation_loss", loss)
+    trainer, _ = a_run(tiny_net().float(), "pd", batch=3000, updates=4)
+    distill.progressive(trainer, [(16, 3), (8, 1)], iter([(x, None)] * 4))
+    z, t, t1, t2 = given[0]
     assert sorted(set(t.tolist())) == [i / 8 for i in range(1, 9)]
+    assert sorted(set(given[3][1].tolist())) == [i / 4 for i in range(1, 5)]
     assert torch.unique(t, return_counts=True)[1].min() > 300
     assert_close(t - t1, torch.full_like(t, 1 / 16))
     assert_close(t - t2, torch.full_like(t, 1 / 8))
     a, s = Cosine()(t)
     eps = (z - a * x) / s
-    assert abs(eps.mean()) < 0.02 and abs(eps.std() - 1) < 0.02 and cond == {}
+    assert abs(eps.mean()) < 0.02 and abs(eps.std() - 1) < 0.02
 
 
 @pytest.mark.parametrize("schedule", ["dsdi", "tsd"])
-def test_guidance_is_the_same_in_all_evaluations(schedule):
-    run, updates, plan = a_run(tiny_net(classes=5), schedule, steps=8, updates=12, batch=64)
-    spies = {id(d): Recorder(d.net) for d in (updates.xhat, updates.second)}
-    for d in {id(d): d for d in (updates.xhat, updates.second)}.values():
-        d.net = spies[id(d)]
-    weights = []
-    for step in range(12):
-        _, u = distill.place(plan, step)
-        before = sum(len(s.calls) for s in spies.values())
-        next(updates(step))
-        calls = [c for s in spies.values() for c in s.calls[-3:]]
-        assert sum(len(s.calls) for s in spies.values()) - before == (3 if schedule == "tsd" else 2)
-        y, w = updates.source.y, updates.source.w
-        for _, got, _ in calls[-2:]:
+def test_guidance_is_the_same_in_all_evaluations(schedule, monkeypatch):
+    """One class for each image and one w for the batch, from its noise to its end; then others."""
+    trainer, steps = a_run(tiny_net(classes=5).float(), schedule, steps=8, updates=12, batch=64)
+    calls, weights, labels, loss = Calls(), [], [], distill.distillation_loss
+    calls.watch(trainer.net, *([trainer.second_net("teacher")] if schedule == "tsd" else []))
+
+    def watched(xhat, z, t, t1, t2, y, w, *rest):
+        del calls[:]
+        result = loss(xhat, z, t, t1, t2, y, w, *rest)
+        assert len(calls) == (3 if schedule == "tsd" else 2)
+        for _, _, _, got, _ in calls:
             assert torch.equal(got, torch.cat([torch.full_like(y, 5), y]))     # null and class, in one batch
         assert w.unique().numel() == 1 and 1 <= w[0] <= 3
         weights.append(w[0].item())
-    starts = [i for i in range(12) if distill.place(plan, i)[1] % (distill.place(plan, i)[0] // 2) == 0]
-    assert len(set(weights)) == len(starts)                   # one w for each walk
-    assert updates.source.y.unique().tolist() == [0, 1, 2, 3, 4]
+        labels.append(y)
+        return result
+
+    monkeypatch.setattr(distill, "distillation_loss", watched)
+    distill.fine_tune(trainer, steps)
+    places = [locate(steps, i) for i in range(12)]
+    starts = [i for i, (depth, u) in enumerate(places) if u % (depth // 2) == 0]
+    assert [i for i in range(12) if i == 0 or weights[i] != weights[i - 1]] == starts       # one w for each walk
+    assert all(torch.equal(labels[i], labels[i - 1]) != (i in starts) for i in range(1, 12))
+    assert torch.cat(labels).unique().tolist() == [0, 1, 2, 3, 4]
 
 
 def test_guided_prediction_is_what_is_distilled():
@@ -348,61 +326,29 @@ def test_guided_prediction_is_what_is_distilled():
     times = [torch.full((4,), v, dtype=torch.float64) for v in (0.5, 0.4, 0.3)]
     guided = lambda z, t: 2.5 * net(z, t, y) - 1.5 * net(z, t, torch.full_like(y, 5))  # noqa: E731
     want, z_want = by_hand(guided, z, 0.5, 0.4, 0.3, "snr", "ddim")
-    loss, z2 = distill.distillation_loss(xhat, z, times, xhat, y=y, w=w)
+    loss, z2 = distill.distillation_loss(xhat, z, *times, y, w, xhat)
     assert_close((loss, z2), (want, z_want))
-
-
-def test_stagger_covers_all_noise_levels_in_every_update():
-    run, updates, plan = a_run(tiny_net(), "dsdn", steps=8, updates=9, batch=8, stagger=True)
-    updates.xhat.net = spy = Recorder(run.net)
-    points, previous = updates.source, None
-    for step in range(9):
-        del spy.calls[:]
-        was = points.z.clone()
-        next(updates(step))
-        (t, _, grad), (t1, _, _) = spy.calls[-2:]
-        assert grad and sorted(t.tolist()) == sorted([1, 0.75, 0.5, 0.25] * 2)
-        assert_close(t - t1, torch.full_like(t, 1 / 8))
-        assert len(spy.calls) == (2 if step else 2 + 3)       # once, to spread them
-        if step:
-            moved = points.pairs(points.all, 8, step) != 0    # a new walk begins with noise, the others go on
-            assert_close(t[moved], (previous - 0.25)[moved])
-            assert not torch.equal(was, points.z)
-        previous = t
-    assert points.arrived.all()
-
-
-def test_a_staggered_walk_passes_through_the_same_points():
-    """Spread to their places, staggered trajectories lie on DDIM chains of the model: checked with an exact one."""
-    net = Constant()
-    xhat = Denoiser(net, Cosine(), "v")
-    points = distill.Trajectories(a_run(tiny_net(), batch=8)[0], stagger=True)
-    points.z = points.z.double()
-    z, (t, _, _), _ = points.batch(xhat, 8, 0)
-    a, s = Cosine()(t.double())
-    eps = (z - a * net.x) / s
-    assert 0.8 < eps.std() < 1.2 and abs(eps.mean()) < 0.1
 
 
 # ---- runs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", distill.SCHEDULES)
+@pytest.mark.parametrize("schedule", METHODS)
 def test_the_command_line_end_to_end(schedule, ckpt, tmp_path, monkeypatch, capsys):
     """Checkpoint, log and picture; only pd reads data; sample.py and fid.py take the result as any other."""
-    if not distill.SCHEDULES[schedule].data:
+    if not METHODS[schedule].data:
         monkeypatch.setattr(distill, "load_data", lambda *a: pytest.fail("a data-free method read data"))
     out, source = tmp_path / schedule, ckpt.read_bytes()
     cache = ["--cache", str(tmp_path / "cache")]
     if schedule == "pd":
-        monkeypatch.setattr(distill, "load_data", lambda *a: train.load_data(small_data(tmp_path), 8, None, cache[1]))
+        cache += ["--data", labelled_images(tmp_path / "data")]
     distill.main(["--schedule", schedule, *flags(ckpt, out), *cache])
     assert sorted(p.name for p in out.iterdir()) == ["ckpt.pt", "log.jsonl", "samples-000012.png"]
     assert ckpt.read_bytes() == source
     log = log_of(out)
     assert [e["step"] for e in log] == list(range(1, 13)) and all(math.isfinite(e["loss"]) for e in log)
-    if schedule != "pd":
-        assert log[-1].keys() >= {"depth", "mean", "std", "diversity"}
+    assert [e["depth"] for e in log] == [locate(plan(schedule, 8, 12), i)[0] for i in range(12)]
+    assert (log[-1].keys() >= {"mean", "std", "diversity"}) == (schedule != "pd")
     state = load_checkpoint(out / "ckpt.pt")
     assert not same(state["weights"], load_checkpoint(ckpt)["weights"])
     trained, here = state["history"]
@@ -413,14 +359,6 @@ def test_the_command_line_end_to_end(schedule, ckpt, tmp_path, monkeypatch, caps
     assert (out / "grid.png").exists() and f"{schedule}, 12 updates from 8 steps" in capsys.readouterr().out
 
 
-def small_data(tmp_path):
-    rng = np.random.default_rng(0)
-    (tmp_path / "data").mkdir(exist_ok=True)
-    for i in range(6):
-        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "data" / f"{i}.png")
-    return tmp_path / "data"
-
-
 def test_a_distilled_model_can_be_distilled_again(ckpt, tmp_path):
     distill.main(["--schedule", "dsdn", *flags(ckpt, tmp_path / "a")])
     distill.main(["--schedule", "tsd", *flags(tmp_path / "a" / "ckpt.pt", tmp_path / "b")])
@@ -429,13 +367,14 @@ def test_a_distilled_model_can_be_distilled_again(ckpt, tmp_path):
 
 
 @pytest.mark.parametrize("extra", [["--schedule", "dsdi", "--target-ema", "0.5"], ["--schedule", "tsd"],
-                                   ["--schedule", "dsdn", "--stagger"]])
+                                   ["--schedule", "pd"]])
 def test_a_killed_run_resumes_bit_for_bit(extra, ckpt, tmp_path):
     """SIGKILL in mid-trajectory; the resumed run ends with the weights, average, place and log of a whole one."""
-    settings = dict(updates=40, save_every=3, sample_every=100)
+    settings = dict(updates=40, save_every=3, sample_every=100, cache=tmp_path / "cache")
+    if "pd" in extra:
+        settings["data"] = labelled_images(tmp_path / "data")
     distill.main([*flags(ckpt, tmp_path / "whole", **settings), *extra])
-    command = [sys.executable, str(ROOT / "distill.py"), *flags(ckpt, tmp_path / "killed", **settings), *extra]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start("distill.py", *flags(ckpt, tmp_path / "killed", **settings), *extra)
     log, deadline = tmp_path / "killed" / "log.jsonl", time.time() + 120
     while not (log.exists() and log.read_text().count("\n") >= 7) and process.poll() is None and time.time() < deadline:
         time.sleep(0.005)
@@ -444,8 +383,8 @@ def test_a_killed_run_resumes_bit_for_bit(extra, ckpt, tmp_path):
     assert 0 < load_checkpoint(tmp_path / "killed" / "ckpt.pt")["step"] < 40, "killed too late to test anything"
     distill.main(["--resume", "--out", str(tmp_path / "killed")])
     a, b = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "killed"))
-    assert same(a["weights"], b["weights"]) and same(a["ema"], b["ema"])
-    assert same(a["parts"]["trajectories"], b["parts"]["trajectories"])
+    assert same(a["weights"], b["weights"]) and same(a["ema"], b["ema"]) and same(a["carried"], b["carried"])
+    assert all(same(v, b["extra_state"][k]) for k, v in a["extra_state"].items())
     drop = lambda log: [{k: v for k, v in e.items() if k != "images_per_s"} for e in log]  # noqa: E731
     assert drop(log_of(tmp_path / "whole")) == drop(log_of(tmp_path / "killed"))
 
@@ -455,7 +394,7 @@ def test_a_conditional_model_is_distilled_with_guidance(tmp_path):
     ckpt = write_ckpt(UNet(UNetConfig(**TINY, classes=2)), tmp_path / "c" / "ckpt.pt", ["a", "b"])
     distill.main([*flags(ckpt, tmp_path / "out"), "--guidance", "1", "2"])
     state = load_checkpoint(tmp_path / "out" / "ckpt.pt")
-    assert state["classes"] == ["a", "b"] and 1 <= state["parts"]["trajectories"]["w"].max() <= 2
+    assert state["classes"] == ["a", "b"] and 1 <= state["carried"]["w"].max() <= 2
 
 
 def test_a_run_that_drifts_is_ended_with_the_last_good_checkpoint(ckpt, tmp_path, capsys):
@@ -491,7 +430,8 @@ def test_what_cant_work_is_refused(ckpt, tmp_path, capsys):
         distill.main(flags(tmp_path / "no.pt", out))
     for bad, word in ((["--steps", "7"], "even"), (["--updates", "2"], "depths"), (["--data", "x"], "reads no data"),
                       (["--schedule", "tsd", "--target-ema", "0.9"], "teacher"), (["--target-ema", "1"], "below 1"),
-                      (["--schedule", "pd", "--stagger"], "trajectories"), (["--drift", "0.5"], "factor"),
+                      (["--stagger"], "unrecognized"), (["--drift", "0.5"], "factor"),
+                      (["--weight", "logsnr"], "invalid choice"),
                       (["--guidance", "3", "1"], "lower one first"), (["--out", str(ckpt.parent)], "folder of --ckpt")):
         with pytest.raises(SystemExit):
             distill.main([*flags(ckpt, out), *bad])
@@ -507,26 +447,8 @@ def test_what_cant_work_is_refused(ckpt, tmp_path, capsys):
     assert "can't change --updates" in capsys.readouterr().err
 
 
-def test_dry_run_prints_the_plan_and_draws_figure_4(tmp_path, capsys):
-    distill.main(["--schedule", "dsdi", "--dry-run", "--updates", "600", "--out", str(tmp_path / "p")])
-    text = capsys.readouterr().out
-    rows = [line.split() for line in text.splitlines() if line[:6].strip().isdigit()]
-    assert [r[:2] for r in rows] == [[str(d), "100"] for d in (64, 32, 16, 8, 4, 2)]
-    assert [r[-1] for r in rows] == ["4", "7", "13", "25", "50", "100"]              # ceil(100 / (N/2)) walks
-    assert ("plan.png" in text) == (tmp_path / "p" / "plan.png").exists()
-    assert "matplotlib" in text or (tmp_path / "p" / "plan.png").exists()
-
-
-def test_the_shares_by_rate_are_sums_of_the_rates():
-    args = types.SimpleNamespace(steps=8, updates=30, lr=1.0, lr_end=0.1, warmup=4)
-    rates = [train.learning_rate(args, i) for i in range(30)]
-    assert rates[0] == 0.25 and max(rates) <= 1 and rates[-1] == pytest.approx(0.1) and rates[4] == pytest.approx(1)
-    rows = distill.shares_of(args, "dsdi")
-    assert [r[3] for r in rows] == pytest.approx([sum(rates[i:i + 10]) / sum(rates) for i in (0, 10, 20)])
-
-
 def test_scores_on_the_way(ckpt, tmp_path):
     distill.main([*flags(ckpt, tmp_path / "out", updates=3), "--fid-every", "3", "--fid-samples", "4", "--weights",
-                  "random", "--data", str(small_data(tmp_path)), "--cache", str(tmp_path / "cache")])
+                  "random", "--data", labelled_images(tmp_path / "data"), "--cache", str(tmp_path / "cache")])
     scores = [e for e in log_of(tmp_path / "out") if "rFID (random features)" in e]
     assert [e["fake"]["steps"] for e in scores] == [2, 4, 8] and all(e["step"] == 3 for e in scores)

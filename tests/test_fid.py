@@ -1,9 +1,10 @@
-"""fid.py against values made with pytorch-fid and torch-fidelity (fid_golden.npz), and against numpy.
+"""fid.py and inception.py against values made with pytorch-fid and torch-fidelity (fid_golden.npz), and against numpy.
 
 The reference network had synthetic weights, made by the rule in `synthetic`: a network that agrees on
 those has the right graph, and with the released weights gives the released features.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -11,18 +12,22 @@ import pickle
 import urllib.error
 import zipfile
 import zlib
+from email.message import Message
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from conftest import log_of
 from PIL import Image
 from test_sample import make_checkpoint
 from torch.testing import assert_close
 
 import fid
+import inception
 import sample as sampling
-import train
 from data import DataError
 
 HERE = Path(__file__).parent
@@ -53,17 +58,40 @@ def released():
 class Tiny(torch.nn.Module):
     """A stand-in for Inception with 6 features: means of colours, and of their squares."""
 
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(6, 6, bias=False)
+        self.fc.weight.data = 3 * torch.eye(6)
+
     def forward(self, x):
         f = torch.cat([x.mean((2, 3)), x.square().mean((2, 3))], 1)
-        return f, f * 3
+        return f, self.fc(f)
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    features = fid.Features(Tiny(), "tiny", CPU)
+    features = inception.Features(Tiny(), "tiny", CPU)
     monkeypatch.setattr(fid, "load_features", lambda *a: features)
-    monkeypatch.setattr(train, "load_features", lambda *a: features)
     return features
+
+
+class Rows:
+    """A stand-in for Features: `numbered` image i has row i of an array as its features, and of another as logits."""
+
+    def __init__(self, features, logits=None):
+        self.features = torch.as_tensor(features)
+        self.logits = torch.zeros(len(features), 2) if logits is None else torch.as_tensor(logits)
+        weight = torch.empty(self.logits.shape[1], self.features.shape[1])
+        self.net, self.id, self.device = SimpleNamespace(fc=SimpleNamespace(weight=weight)), "rows", CPU
+
+    def __call__(self, images):
+        index = [int(image[0, 0].astype(int) @ [1, 256, 65536]) for image in images]
+        return self.features[index], self.logits[index]
+
+    def statistics(self, batch=64, **kw):
+        n = len(self.features)
+        images = np.stack([np.arange(n) >> shift & 255 for shift in (0, 8, 16)], 1).astype(np.uint8)[:, None, None]
+        return fid.statistics_of_batches(fid.own_batches(images, batch), n, self, {}, "rows", **kw)
 
 
 def pictures(n, seed=0, shape=(8, 8, 3)):
@@ -89,18 +117,18 @@ def test_the_synthetic_weights_are_the_reference_ones(released):
 
 @pytest.mark.parametrize("tag", ["64", "32x48", "400x360"])
 def test_features_and_logits_are_those_of_pytorch_fid(released, tag):
-    net = fid.Inception().eval()
-    net.load_state_dict(fid.fold(released))
-    features, logits = fid.Features(net, "", CPU)(GOLDEN[f"images_{tag}"])
+    net = inception.Inception().eval()
+    net.load_state_dict(inception.fold(released))
+    features, logits = inception.Features(net, "", CPU)(GOLDEN[f"images_{tag}"])
     for out, name in ((features, "pool3"), (logits, "logits_unbiased")):
         reference = torch.from_numpy(GOLDEN[f"{name}_{tag}"])
         assert (out - reference).norm() / reference.norm() < 2e-5
 
 
 def test_images_of_different_sizes_may_share_a_batch(released):
-    net = fid.Inception().eval()
-    net.load_state_dict(fid.fold(released))
-    features = fid.Features(net, "", CPU)
+    net = inception.Inception().eval()
+    net.load_state_dict(inception.fold(released))
+    features = inception.Features(net, "", CPU)
     a, b = GOLDEN["images_64"][0], GOLDEN["images_32x48"][0]
     assert_close(features([a, b])[0], torch.cat([features(a[None])[0], features(b[None])[0]]), rtol=1e-4, atol=1e-5)
 
@@ -108,9 +136,9 @@ def test_images_of_different_sizes_may_share_a_batch(released):
 def test_weights_load_by_name_with_or_without_counters_and_nothing_else(released, tmp_path):
     path = tmp_path / "w.pth"
     torch.save(dict(reversed(released.items())), path)
-    a = fid.load_features(path)
+    a = inception.load_features(path)
     torch.save({k: v for k, v in released.items() if "num_batches" not in k}, path)
-    b = fid.load_features(path)
+    b = inception.load_features(path)
     assert all(torch.equal(p, q) for p, q in zip(a.net.parameters(), b.net.parameters(), strict=True))
     assert a.weights != b.weights and len(a.weights) == 64     # other bytes: other name, until someone looks closer
     for change, message in (
@@ -122,7 +150,7 @@ def test_weights_load_by_name_with_or_without_counters_and_nothing_else(released
         change(broken)
         torch.save(broken, path)
         with pytest.raises(SystemExit, match=message):
-            fid.load_features(path)
+            inception.load_features(path)
 
 
 def test_a_weights_file_runs_no_code(tmp_path, capsys):
@@ -134,22 +162,22 @@ def test_a_weights_file_runs_no_code(tmp_path, capsys):
     for name, content in (("bomb.pth", bomb), ("junk.pth", b"junk"), ("empty.pth", b"")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(SystemExit, match="does not hold the Inception weights") as e:
-            fid.load_features(tmp_path / name)
+            inception.load_features(tmp_path / name)
         assert "\n" not in str(e.value)
-    with pytest.raises(SystemExit, match="no weights at"):
-        fid.load_features(tmp_path / "missing.pth")
+    with pytest.raises(SystemExit, match=r"missing\.pth does not hold the Inception weights .*No such file.*--weights"):
+        inception.load_features(tmp_path / "missing.pth")
     assert "code from a file" not in capsys.readouterr().out
 
 
 def test_random_weights_are_the_same_everywhere_and_never_called_fid():
     state = torch.get_rng_state()
-    a, b = fid.load_features("random"), fid.load_features("random")
+    a, b = inception.load_features("random"), inception.load_features("random")
     assert torch.equal(torch.get_rng_state(), state)            # or training with --fid-every would be another training
     assert a.weights == b.weights == "random-72007735"
     features = a(pictures(3, shape=(16, 16, 3)))[0]
     assert features.isfinite().all() and features.std(0).mean() > 0.01
     assert fid.metric_names(a.id) == ("rFID (random features)", "rIS (random features)", "rKID (random features)")
-    assert fid.metric_names(fid.SHA256)[0] == "FID"
+    assert fid.metric_names(inception.SHA256)[0] == "FID"
     assert fid.metric_names("ab" * 32)[0] == "FD (weights abababab)"
     assert "FID" not in fid.metric_names("ab" * 32)
 
@@ -163,27 +191,38 @@ def test_without_network_the_message_says_what_to_do(tmp_path, monkeypatch):
     def offline(*a, **k):
         raise urllib.error.URLError("no route")
 
-    monkeypatch.setattr(fid.urllib.request, "urlopen", offline)
+    monkeypatch.setattr(torch.hub, "urlopen", offline)
     with pytest.raises(SystemExit) as e:
-        fid.load_features()
-    for part in (fid.URL, "no route", "95,628,359", str(tmp_path), "--weights"):
+        inception.load_features()
+    for part in (inception.URL, "no route", "95,628,359", str(tmp_path), "--weights"):
         assert part in str(e.value)
-    assert list(tmp_path.iterdir()) == []
+    assert "\n" not in str(e.value) and list(tmp_path.iterdir()) == []
+
+
+class Answer(io.BytesIO):
+    """What a server sends."""
+
+    def info(self):
+        return Message()
 
 
 def test_a_download_is_checked_and_kept_whole_or_not_at_all(tmp_path, monkeypatch):
     content = b"weights" * 1000
     monkeypatch.setenv("DSD_CACHE", str(tmp_path))
-    monkeypatch.setattr(fid.urllib.request, "urlopen", lambda *a, **k: io.BytesIO(content))
-    with pytest.raises(SystemExit, match="SHA-256 differs"):
-        fid.fetch_weights()
+    monkeypatch.setattr(torch.hub, "urlopen", lambda *a, **k: Answer(content))
+    with pytest.raises(SystemExit, match="invalid hash"):
+        inception.fetch_weights()
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(fid, "SHA256", fid.hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(fid, "BYTES", len(content))
-    path = fid.fetch_weights()
-    assert path.read_bytes() == content
-    monkeypatch.setattr(fid.urllib.request, "urlopen", None)   # a second download would fail
-    assert fid.fetch_weights() == path
+    monkeypatch.setattr(inception, "SHA256", hashlib.sha256(content).hexdigest())
+    path = inception.fetch_weights()
+    assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
+    path.write_bytes(content[:-1])                              # damaged: it is fetched again
+    assert inception.fetch_weights().read_bytes() == content
+    monkeypatch.setattr(torch.hub, "urlopen", None)             # a further download would fail
+    assert inception.fetch_weights() == path
+    path.write_bytes(b"")
+    with pytest.raises(SystemExit, match="is damaged, and can't fetch"):
+        inception.fetch_weights()
 
 
 # ---- statistics and scores -----------------------------------------------------------------------------------
@@ -192,12 +231,9 @@ def test_a_download_is_checked_and_kept_whole_or_not_at_all(tmp_path, monkeypatc
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_streamed_moments_are_those_of_numpy(batch):
     x = torch.randn(130, 5) * 3 + 100
-    m = fid.Moments()
-    for part in x.split(batch):
-        m.update(part)
-    mu, sigma = m.result()
-    np.testing.assert_allclose(mu, x.double().numpy().mean(0), rtol=1e-12)
-    np.testing.assert_allclose(sigma, np.cov(x.double().numpy(), rowvar=False), rtol=1e-8, atol=1e-9)
+    stats = Rows(x).statistics(batch)
+    np.testing.assert_allclose(stats.mu, x.double().numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(stats.sigma, np.cov(x.double().numpy(), rowvar=False), rtol=1e-8, atol=1e-9)
 
 
 def moments(x):
@@ -237,10 +273,9 @@ def test_statistics_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("order", ["ordered", "shuffle"])
 @pytest.mark.parametrize("splits", [10, 1])
 def test_inception_score_is_the_reference(n, order, splits):
-    scores = fid.SplitScores(n, splits, order == "shuffle")
-    for part in torch.from_numpy(GOLDEN["is_logits"][:n]).split(64):
-        scores.update(part)
-    np.testing.assert_allclose(scores.result(), GOLDEN[f"is{n}_{order}_splits{splits}"], rtol=1e-6, atol=1e-12)
+    logits = GOLDEN["is_logits"][:n]
+    stats = Rows(logits[:, :2], logits).statistics(shuffle=order == "shuffle", splits=splits)
+    np.testing.assert_allclose(stats.score, GOLDEN[f"is{n}_{order}_splits{splits}"], rtol=1e-6, atol=1e-12)
 
 
 def test_kid_is_the_reference():
@@ -252,15 +287,62 @@ def test_kid_is_the_reference():
     assert fid.kid(x, y) == (fid.mmd2(x, y), 0.0)
 
 
-def test_a_reservoir_is_bounded_uniform_and_repeatable():
-    means = []
-    for _ in range(2):
-        r = fid.Reservoir(100)
-        for part in torch.arange(10_000.0)[:, None].split(64):
-            r.update(part)
-        means.append(r.result().mean())
-        assert r.result().shape == (100, 1) and all(row.base is None for row in r.rows)
-    assert means[0] == means[1] and abs(means[0] - 5000) < 4 * 10_000 / math.sqrt(12 * 100)
+def test_features_kept_for_kid_are_a_bounded_uniform_and_repeatable_choice():
+    n = 4 * fid.KEPT
+    kept = Rows(torch.arange(float(n))[:, None]).statistics(64).kid_features[:, 0]
+    assert len(kept) == len(set(kept)) == fid.KEPT and kept.dtype == np.float32
+    assert np.array_equal(kept, fid.chosen_for_kid(n))
+    assert np.array_equal(kept, Rows(torch.arange(float(n))[:, None]).statistics(97).kid_features[:, 0])
+    tenths = np.bincount((kept * 10 // n).astype(int), minlength=10)
+    assert np.abs(tenths - fid.KEPT / 10).max() < 5 * math.sqrt(fid.KEPT / 10)
+    few = torch.randn(fid.KEPT, 1)
+    assert np.array_equal(Rows(few).statistics().kid_features, few)               # all there are, in order
+
+
+def test_contrast_and_size_are_those_of_all_images(tiny):
+    wide, tall = pictures(3, shape=(4, 8, 3)), pictures(5, seed=1, shape=(8, 4, 3))
+    stats = fid.statistics_of_batches(fid.own_batches(wide, 2), 3, tiny, {"source": "here"}, "images")
+    assert stats.provenance == dict(images=3, size="8x4", source="here", splits="10, in order",
+                                    contrast=round((wide / 127.5 - 1).std(), 4))
+    stats = fid.statistics_of_batches(fid.own_batches([*wide, *tall], 2), 8, tiny, {}, "images", shuffle=True)
+    pixels = np.concatenate([wide.ravel(), tall.ravel()]) / 127.5 - 1
+    assert stats.provenance == dict(images=8, size="mixed", splits="10, shuffled", contrast=round(pixels.std(), 4))
+
+
+def test_what_makes_no_statistics_is_refused(tiny):
+    with pytest.raises(SystemExit, match="few: a covariance needs at least two images"):
+        fid.statistics_of_batches(fid.own_batches(pictures(1), 2), 1, tiny, {}, "few")
+    with pytest.raises(SystemExit, match="rows: features are not finite"):
+        Rows(torch.tensor([[1.0], [math.nan]])).statistics()
+
+
+def on_two_ranks(number, folder):
+    """Rank `number` of two: statistics of three sources, which rank 0 writes down."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=number, world_size=2)
+    stats = statistics_of_three(folder)
+    assert number == 0 or stats == [None] * 3
+    for i, s in enumerate(stats if number == 0 else []):
+        s.save(folder / f"two-{i}.npz")
+    dist.destroy_process_group()
+
+
+def statistics_of_three(folder):
+    """Statistics of files and of an npz, and of so few images that a second rank has none."""
+    tiny = inception.Features(Tiny(), "tiny", CPU)
+    return [fid.statistics_of(folder / name, tiny, batch=batch, shuffle=shuffle)
+            for name, batch, shuffle in (("f", 3, True), ("a.npz", 4, False), ("a.npz", 64, False))]
+
+
+def test_statistics_of_two_ranks_are_those_of_one(tmp_path):
+    folder_of(tmp_path / "f", pictures(23))
+    np.savez(tmp_path / "a.npz", pictures(30))
+    torch.multiprocessing.spawn(on_two_ranks, (tmp_path,), nprocs=2)
+    for i, one in enumerate(statistics_of_three(tmp_path)):
+        two = fid.Statistics.load(tmp_path / f"two-{i}.npz")
+        for a, b in ((one.mu, two.mu), (one.sigma, two.sigma), (one.score, two.score)):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(one.kid_features, two.kid_features, rtol=1e-6)    # float32: of other batches
+        assert one.provenance == two.provenance
 
 
 # ---- sources --------------------------------------------------------------------------------------------------
@@ -277,7 +359,7 @@ def test_folder_zip_and_npz_of_the_same_images_give_the_same(tmp_path, tiny):
     expected = moments(tiny(images)[0].numpy())
     for name in ("f", "z.zip", "a.npz", "b.npz"):
         stats = fid.statistics_of(tmp_path / name, tiny, batch=6)
-        assert stats.n == 20 and stats.size == "8x8"
+        assert stats.provenance["images"] == 20 and stats.provenance["size"] == "8x8"
         np.testing.assert_allclose(stats.mu, expected[0], rtol=1e-6)
         np.testing.assert_allclose(stats.sigma, expected[1], rtol=1e-5, atol=1e-9)
 
@@ -285,7 +367,7 @@ def test_folder_zip_and_npz_of_the_same_images_give_the_same(tmp_path, tiny):
 def test_the_last_short_batch_counts(tmp_path, tiny):
     np.savez(tmp_path / "a.npz", pictures(13))
     one, many = (fid.statistics_of(tmp_path / "a.npz", tiny, batch=b) for b in (13, 4))
-    assert one.n == many.n == 13
+    assert one.provenance == many.provenance and one.provenance["images"] == 13
     np.testing.assert_allclose(one.sigma, many.sigma, rtol=1e-6, atol=1e-10)
 
 
@@ -296,16 +378,31 @@ def test_statistics_go_to_and_come_from_pytorch_fid(tmp_path, tiny):
     with np.load(tmp_path / "ours.npz") as f:                   # what pytorch-fid does with a file of statistics
         mu, sigma = f["mu"][:], f["sigma"][:]
     again = fid.statistics_of(tmp_path / "ours.npz", tiny)
-    assert (again.n, again.size, again.weights) == (20, "8x8", "tiny")
+    assert again.provenance == stats.provenance and again.weights == "tiny" and tuple(again.score) == stats.score
+    assert again.provenance["source"] == str(tmp_path / "images.npz")
+    assert np.array_equal(again.kid_features, stats.kid_features)
     np.savez(tmp_path / "theirs.npz", mu=mu, sigma=sigma)
     theirs = fid.statistics_of(tmp_path / "theirs.npz", tiny)
-    assert theirs.weights == fid.SHA256 and theirs.kept is None   # pytorch-fid knows no other weights
+    assert theirs.weights == inception.SHA256 and theirs.kid_features is None   # pytorch-fid knows no other weights
     with pytest.raises(SystemExit, match="different networks"):
         fid.compare(theirs, again)
-    again.weights = fid.SHA256
+    again.weights = inception.SHA256
     scores = fid.compare(theirs, again)["scores"]
     assert abs(scores["FID"]) < 1e-9 and "KID" not in scores
     fid.main([str(tmp_path / "theirs.npz"), str(tmp_path / "theirs.npz"), "--device", "cpu"])   # needs no network
+
+
+def test_statistics_of_another_version_are_refused(tmp_path, tiny, monkeypatch):
+    np.savez(tmp_path / "images.npz", pictures(20))
+    stats = fid.statistics_of(tmp_path / "images.npz", tiny)
+    monkeypatch.setattr(fid, "VERSION", fid.VERSION + 1)
+    stats.save(tmp_path / "newer.npz")
+    monkeypatch.undo()
+    about = dict(n=20, weights="tiny", size="8x8", score=[1, 0], card={})         # as the first version had it
+    np.savez(tmp_path / "older.npz", mu=stats.mu, sigma=stats.sigma, about=json.dumps(about))
+    for name in ("newer.npz", "older.npz"):
+        with pytest.raises(DataError, match=f"{name} holds statistics of another version of fid.py"):
+            fid.statistics_of(tmp_path / name, tiny)
 
 
 @pytest.mark.parametrize("content,message", [
@@ -346,15 +443,18 @@ def test_unlike_things_are_not_compared(tmp_path, tiny, capsys):
     a, b = (fid.statistics_of(tmp_path / f"{n}.npz", tiny) for n in "ab")
     with pytest.raises(SystemExit, match="sizes can't be compared: REAL has 8x8, FAKE 8x9"):
         fid.compare(a, b)
-    other = fid.statistics_of(tmp_path / "a.npz", fid.Features(Tiny(), "other", CPU))
+    other = fid.statistics_of(tmp_path / "a.npz", inception.Features(Tiny(), "other", CPU))
     with pytest.raises(SystemExit, match="different networks can't be compared: REAL has tiny, FAKE other"):
         fid.compare(a, other)
-    bf16 = fid.statistics_of(tmp_path / "a.npz", fid.Features(Tiny(), "tiny", CPU, "bf16"))
+    bf16 = fid.statistics_of(tmp_path / "a.npz", inception.Features(Tiny(), "tiny", CPU, "bf16"))
     with pytest.raises(SystemExit, match="FAKE tiny-bf16"):
         fid.compare(a, bf16)
     capsys.readouterr()
     fid.compare(a, a)
-    assert "REAL has 20 images, fewer than the 2048 features" in capsys.readouterr().err
+    assert "images" not in capsys.readouterr().err
+    few = fid.statistics_of_batches(fid.own_batches(pictures(5), 5), 5, tiny, {}, "few")
+    fid.compare(few, a)
+    assert "REAL has 5 images, fewer than the 6 features" in capsys.readouterr().err
 
 
 # ---- the command line -------------------------------------------------------------------------------------------
@@ -376,8 +476,8 @@ def test_real_images_are_prepared_as_training_does(tmp_path, tiny, monkeypatch, 
         fid.main([str(real), str(fake)])
     fid.main([str(real), str(fake), "--size", "8", "--crop", "12"])
     assert "crop 12.0, PIL bicubic to 8x8" in capsys.readouterr().out
-    no_network = fid.Features(None, "tiny", CPU)                # the statistics come from their file
-    assert fid.packed_statistics(fid.load_data(real, 8, 12.0), no_network).n == 6
+    no_network = inception.Features(None, "tiny", CPU)                # the statistics come from their file
+    assert fid.packed_statistics(fid.load_data(real, 8, 12.0), no_network).provenance["images"] == 6
 
 
 @pytest.fixture
@@ -415,11 +515,11 @@ def test_a_model_is_scored_as_its_saved_images_would_be(tmp_path, tiny, model):
 def test_an_interrupted_evaluation_goes_on(tmp_path, tiny, model, monkeypatch):
     drawn, original = [], sampling.Sampler.__call__
 
-    def counting(self, indices, steps, bar=None):
+    def counting(self, indices, steps):
         drawn.append(steps)
         if steps == 3 and len(drawn) == 4:
             raise KeyboardInterrupt
-        return original(self, indices, steps, bar)
+        return original(self, indices, steps)
 
     monkeypatch.setattr(sampling.Sampler, "__call__", counting)
     with pytest.raises(SystemExit) as e:
@@ -445,14 +545,17 @@ def test_several_models_make_a_table(tmp_path, tiny, model):
 
 
 def test_scores_are_logged_during_training(tmp_path, tiny, monkeypatch):
+    import train
+
+    for module in ("inception", "hooks"):
+        monkeypatch.setattr(f"{module}.load_features", lambda *a: tiny, raising=False)
     monkeypatch.setenv("DSD_CACHE", str(tmp_path / "cache"))
     data = folder_of(tmp_path / "data", pictures(12))
     train.main(["--size", "8", "--channels", "16", "--mult", "1", "2", "--batch", "4", "--updates", "4",
                 "--device", "cpu", "--data", str(data), "--out", str(tmp_path / "out"), "--sample-every", "0",
                 "--sample-steps", "2",
                 "--fid-every", "2", "--fid-samples", "6", "--weights", "random"])
-    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    scores = [e for e in log if "fake" in e]
+    scores = [e for e in log_of(tmp_path / "out") if "fake" in e]
     assert [e["step"] for e in scores] == [2, 4]
     for e in scores:
         assert math.isfinite(e["FD (weights tiny)"]) and e["features"]["network"] == "tiny"
@@ -467,7 +570,8 @@ def test_scores_are_logged_during_training(tmp_path, tiny, monkeypatch):
     (["a", "b", "--crop", "3"], "--crop goes with --size"),
     (["a", "--save", "a"], "ending in .npz"),
     (["a.npz", "--save", "a.npz"], "needs a new file"),
-    (["--ckpt", "c", "-n", "1"], "-n at least 2"),
+    (["--ckpt", "c", "-n", "1"], "argument -n: 1 is not a number from 2 on"),
+    (["--ckpt", "c", "--steps", "2", "0"], "argument --steps: 0 is not"),
 ])
 def test_bad_flags_are_explained(flags, message, capsys):
     with pytest.raises(SystemExit):
@@ -479,3 +583,27 @@ def test_missing_files_are_named_before_any_work(monkeypatch):
     monkeypatch.setattr(fid, "load_features", None)             # would fail if it came first
     with pytest.raises(SystemExit, match="no such file or folder: nowhere"):
         fid.main(["nowhere", "neither", "--device", "cpu"])
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, tiny, monkeypatch):
+    def full(*a, **k):
+        raise OSError(28, "No space left on device")
+
+    np.savez(tmp_path / "a.npz", pictures(4))
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(SystemExit, match=r"error: can't write .*b\.npz \(No space left on device\)"):
+        fid.main([str(tmp_path / "a.npz"), "--save", str(tmp_path / "b.npz"), "--device", "cpu"])
+    monkeypatch.setattr(fid, "compare_files", full)
+    with pytest.raises(SystemExit, match=r"error: \S.*No space left on device"):
+        fid.main([str(tmp_path / "a.npz"), "--save", str(tmp_path / "b.npz"), "--device", "cpu"])
+
+
+def test_the_help_fits_two_screens_and_begins_with_the_papers_flags(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        fid.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 100
+    places = [text.index(f"\n  {flag}") for flag in ("--ckpt", "--data", "--steps", "-n", "--guidance", "--save",
+                                                     "--weights", "--decode-batch", "--device")]
+    assert places == sorted(places)

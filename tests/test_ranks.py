@@ -12,16 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gradients import gradients
-from test_train import labelled_images
+from conftest import ROOT, labelled_images, log_of
+from gradients import METHODS, gradients
 from torch.testing import assert_close
 
 import fid
 import sample
 import train
-from model import cores, load_checkpoint
+from checkpoint import load_checkpoint
+from data import load_data
+from runtime import cores
 
-ROOT = Path(__file__).parent.parent
 TINY = ["--size", "8", "--channels", "8", "--mult", "1", "2", "--blocks", "1", "--attention", "--head-channels", "8",
         "--batch", "4", "--distill", "0.15", "--log-every", "1", "--sample-every", "0", "--device", "cpu",
         "--dtype", "fp32"]
@@ -56,15 +57,18 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def log_of(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    """The gradients that two processes have, by method."""
+    path = tmp_path_factory.mktemp("gradients") / "two.pt"
+    done(torchrun("tests/gradients.py", path))
+    return torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize("method,accumulate", [("train", 2), ("dsdi", 1), ("tsd", 2), ("pd", 1)])
-def test_two_processes_have_the_gradients_of_one(method, accumulate, tmp_path):
-    """To float64's rounding; so has one that takes the batch in parts. dsdi is staggered: each rank at other places."""
-    done(torchrun("tests/gradients.py", method, accumulate, tmp_path / "two.pt"))
-    one, two = gradients(method), torch.load(tmp_path / "two.pt", weights_only=True)
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_have_the_gradients_of_one(method, of_two):
+    """To float64's rounding; so has one that takes the batch in parts."""
+    one, two = gradients(method), of_two[method]
     assert one.keys() == two.keys() and all(g.any() for g in one.values())
     assert_close(two, one, rtol=1e-9, atol=1e-12)
     assert_close(gradients(method, accumulate=4), one, rtol=1e-9, atol=1e-12)
@@ -85,7 +89,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny, tmp_path, capsys):
 
 
 def test_samples_and_scores_of_two_processes_are_those_of_one(tiny, tmp_path, one_thread):
-    """To the last bit: the ranks draw and look at images in turn, and one adds up in order."""
+    """Samples to the last bit; scores to the rounding of sums, which two processes add up in another order."""
     train.main([*tiny, "--updates", "2", "--out", str(tmp_path / "out")])
     ckpt = ["--ckpt", str(tmp_path / "out" / "ckpt.pt"), "--device", "cpu", "--dtype", "fp32", "--batch", "4"]
     draw = [*ckpt, "--steps", "2", "-n", "30", "--save"]
@@ -99,8 +103,9 @@ def test_samples_and_scores_of_two_processes_are_those_of_one(tiny, tmp_path, on
     fid.main([*score, str(tmp_path / "one")])
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
         assert all(np.array_equal(one[k], two[k]) for k in ("arr_0", "arr_1"))
-    assert (tmp_path / "one" / "table.json").read_text() == (tmp_path / "two" / "table.json").read_text()
-    assert json.loads((tmp_path / "one" / "table.json").read_text())["out"][0]["fake"]["images"] == 14
+    one, two = (json.loads((tmp_path / name / "table.json").read_text())["out"][0] for name in ("one", "two"))
+    assert one["scores"] == pytest.approx(two["scores"], rel=1e-7, abs=1e-9)
+    assert one["fake"] == two["fake"] and one["real"] == two["real"] and one["fake"]["images"] == 14
 
 
 def pid_of(number, out):
@@ -148,7 +153,7 @@ def test_a_batch_that_can_not_be_shared_is_refused_once(tiny, tmp_path):
 
 
 def test_a_batch_is_the_same_however_it_is_shared(tiny, tmp_path):
-    images = train.load_data(str(tmp_path / "data"), 8, cache=str(tmp_path / "cache"))
+    images = load_data(str(tmp_path / "data"), 8, cache=str(tmp_path / "cache"))
     x, y = images.batch(3, 8, seed=1)
     parts = [images.batch(3, 8, 1, share=(r, 4)) for r in range(4)]
     assert torch.equal(torch.cat([p[0] for p in parts]), x) and torch.equal(torch.cat([p[1] for p in parts]), y)

@@ -2,22 +2,21 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from conftest import start
 from PIL import Image
 from torch.testing import assert_close
 
 import sample as script
-from ddim import Cosine, Denoiser, noise, sample
-from model import UNet, UNetConfig, config_dict, save_checkpoint
-
-ROOT = Path(__file__).parent.parent
+from checkpoint import save_checkpoint
+from data import to_pixels
+from ddim import Cosine, Denoiser, ddim_sample, start_noise
+from model import UNet, UNetConfig
 
 
 def make_checkpoint(path, classes=0):
@@ -27,25 +26,49 @@ def make_checkpoint(path, classes=0):
         if not p.any():
             torch.nn.init.normal_(p, std=0.1)
     ema = {k: v * 0.9 for k, v in net.state_dict().items()}
-    save_checkpoint(path, dict(config=config_dict(net.config), weights=net.state_dict(), ema=ema, schedule="cosine",
+    save_checkpoint(path, dict(config=asdict(net.config), weights=net.state_dict(), ema=ema, schedule="cosine",
                                predicts="v", shape=[3, 8, 8], classes=["cat", "dog", "owl"][:classes], step=7))
     return net.eval()
+
+
+def flags_of(path):
+    return ["--ckpt", str(path), "--device", "cpu", "--dtype", "fp32"]
 
 
 @pytest.fixture
 def ckpt(tmp_path):
     make_checkpoint(tmp_path / "ckpt.pt")
-    return ["--ckpt", str(tmp_path / "ckpt.pt"), "--device", "cpu", "--dtype", "fp32"]
+    return flags_of(tmp_path / "ckpt.pt")
 
 
 @pytest.fixture
 def ckpt3(tmp_path):
     make_checkpoint(tmp_path / "ckpt.pt", classes=3)
-    return ["--ckpt", str(tmp_path / "ckpt.pt"), "--device", "cpu", "--dtype", "fp32"]
+    return flags_of(tmp_path / "ckpt.pt")
 
 
-def pictures(folder):
-    return {p.name: np.asarray(Image.open(p)) for p in sorted(folder.glob("*.png"))}
+@pytest.fixture
+def drawn(monkeypatch):
+    """The numbers of the images that are drawn, batch by batch. Ctrl-C is pressed in the batch number drawn.stop."""
+    class Batches(list):
+        stop = None
+
+    batches, original = Batches(), script.Sampler.__call__
+
+    def record(self, indices, steps):
+        if len(batches) == batches.stop:
+            raise KeyboardInterrupt
+        batches.append(list(indices))
+        return original(self, indices, steps)
+    monkeypatch.setattr(script.Sampler, "__call__", record)
+    return batches
+
+
+def pictures(path):
+    """The images in a folder or an npz, by name."""
+    if path.suffix == ".npz":
+        return {f"{i:05d}.png": image for i, image in enumerate(np.load(path)["arr_0"])}
+    return {p.name: np.asarray(Image.open(p)) for p in sorted(path.glob("*.png"))}
 
 
 def test_the_grid_has_a_row_per_step_count_and_the_same_noise_in_a_column(ckpt, tmp_path):
@@ -53,10 +76,10 @@ def test_the_grid_has_a_row_per_step_count_and_the_same_noise_in_a_column(ckpt, 
     grid = np.asarray(Image.open(tmp_path / "g.png"))
     grid = grid[:, grid.shape[1] - 26 * 8:][::8, ::8]                   # without labels, one value per pixel
     assert grid.shape == (17, 26, 3)
-    z = noise(5, range(3), (3, 8, 8))
+    z = start_noise(5, range(3), (3, 8, 8))
     xhat = Denoiser(make_checkpoint(tmp_path / "again.pt"), Cosine())
     for row, steps in enumerate((1, 4)):
-        x = script.to_pixels(sample(xhat, z, steps))
+        x = to_pixels(ddim_sample(xhat, z, steps))
         for column in range(3):
             shown = grid[9 * row:9 * row + 8, 9 * column:9 * column + 8]
             assert np.abs(shown.astype(int) - x[column]).max() <= 1
@@ -106,40 +129,60 @@ def test_averaged_and_raw_weights_give_other_images(ckpt, tmp_path):
     assert (a != b).mean() > 0.1
 
 
-def test_a_folder_is_completed_not_drawn_again(ckpt, tmp_path, monkeypatch):
+def test_a_folder_is_completed_not_drawn_again(ckpt, tmp_path, drawn):
     args = [*ckpt, "--steps", "2", "--save", str(tmp_path / "png"), "-n"]
     script.main([*args, "6"])
     whole = pictures(tmp_path / "png")
     for i in (1, 4):
         (tmp_path / "png" / f"{i:05d}.png").unlink()
-    drawn = []
-    original = script.Sampler.__call__
-    monkeypatch.setattr(script.Sampler, "__call__", lambda self, i, *a: (drawn.extend(i), original(self, i, *a))[1])
     script.main([*args, "8"])                                           # and two more than before
-    assert drawn == [1, 4, 6, 7]
+    assert drawn == [[0, 1, 2, 3, 4, 5], [1, 4, 6, 7]]
     now = pictures(tmp_path / "png")
     assert len(now) == 8 and all(np.abs(now[k].astype(int) - whole[k]).max() <= 1 for k in whole)
 
 
-def test_a_killed_npz_goes_on(tmp_path):
-    make_checkpoint(tmp_path / "ckpt.pt")
-    args = [sys.executable, str(ROOT / "sample.py"), "--ckpt", str(tmp_path / "ckpt.pt"), "--device", "cpu",
-            "--dtype", "fp32", "--steps", "4", "-n", "100", "--batch", "4", "--save"]
-    child = subprocess.Popen([*args, str(tmp_path / "x.npz")], stderr=subprocess.PIPE)
-    raw = tmp_path / "x.npz.raw"
-    while not raw.exists() or raw.stat().st_size < 192 * 8:
-        assert child.poll() is None, child.stderr.read()
+@pytest.mark.parametrize("name", ["png", "x.npz"])
+def test_after_ctrl_c_the_same_command_goes_on(name, ckpt, tmp_path, drawn, capsys):
+    args = [*ckpt, "--steps", "2", "-n", "7", "--batch", "2", "--save", str(tmp_path / name)]
+    drawn.stop = 2
+    with pytest.raises(SystemExit) as e:
+        script.main(args)
+    assert e.value.code == 130 and "stopped with 4 of 7 images" in capsys.readouterr().out
+    drawn.stop = None
+    script.main(args)
+    script.main(args)                                                   # nothing is left to draw
+    assert drawn == [[0, 1], [2, 3], [4, 5], [6]]
+    script.main([*args[:-1], str(tmp_path / "whole.npz")])
+    a, b = pictures(tmp_path / name), pictures(tmp_path / "whole.npz")
+    assert a.keys() == b.keys() and all(np.abs(a[k].astype(int) - b[k]).max() <= 1 for k in a)
+
+
+def test_a_killed_npz_goes_on(ckpt, tmp_path, drawn):
+    args = [*ckpt, "--steps", "4", "-n", "100", "--batch", "4", "--save"]
+    child = start("sample.py", *args, tmp_path / "x.npz")
+    raw, image = tmp_path / "x.npz.raw", 8 * 8 * 3
+    while not raw.exists() or raw.stat().st_size < 8 * image:
+        assert child.poll() is None, child.stdout.read()
         time.sleep(0.005)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL and not (tmp_path / "x.npz").exists()
     with open(raw, "ab") as f:
         f.write(b"half an image")
-    kept = raw.stat().st_size // 192
-    assert kept < 100
-    for name in ("x.npz", "whole.npz"):
-        subprocess.run([*args, str(tmp_path / name)], check=True, capture_output=True)
+    kept = raw.stat().st_size // image
+    script.main([*args, str(tmp_path / "x.npz")])
+    assert kept < 100 and sum(drawn, []) == list(range(kept, 100))
+    script.main([*args, str(tmp_path / "whole.npz")])
     a, b = (np.load(tmp_path / name)["arr_0"] for name in ("x.npz", "whole.npz"))
     assert np.abs(a.astype(int) - b).max() <= 1 and len(a) == 100
+
+
+def test_an_npz_that_was_killed_while_it_was_put_together_is_made_again(ckpt, tmp_path, monkeypatch):
+    args = [*ckpt, "--steps", "2", "-n", "4", "--save", str(tmp_path / "x.npz")]
+    with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
+        m.setattr(np, "savez", lambda *a, **k: 1 / 0)
+        script.main(args)
+    script.main(args)
+    assert len(pictures(tmp_path / "x.npz")) == 4 and not (tmp_path / "x.npz.raw").exists()
 
 
 def test_samples_of_other_settings_are_not_mixed(ckpt, tmp_path):
@@ -180,17 +223,19 @@ def test_classes_are_chosen_by_name_or_number_and_saved(ckpt3, tmp_path):
 def test_guidance_is_the_formula_with_the_null_class(tmp_path):
     net = make_checkpoint(tmp_path / "ckpt.pt", classes=3)
     state = dict(schedule="cosine", predicts="v", shape=[3, 8, 8])
-    sampler = script.Sampler(net, state, torch.device("cpu"), "fp32", [2], 2.5)
-    z = noise(0, [0], (3, 8, 8))
-    guided = lambda z, t: net(z, t, torch.tensor([3])) * -1.5 + net(z, t, torch.tensor([2])) * 2.5  # noqa: E731
-    assert_close(sampler([0], 3), sample(Denoiser(guided, Cosine()), z, 3), rtol=1e-3, atol=1e-4)
+    sampler = script.Sampler(net, state, torch.device("cpu"), "fp32", [2, 0], 2.5)
+    z, y = start_noise(0, [3, 4], (3, 8, 8)), torch.tensor([0, 2])      # the classes in turn: 2, 0, 2, 0, 2
+    guided = lambda z, t: net(z, t, torch.tensor([3, 3])) * -1.5 + net(z, t, y) * 2.5  # noqa: E731
+    assert_close(sampler([3, 4], 3), ddim_sample(Denoiser(guided, Cosine()), z, 3), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("flags,message", [
     (["--save", "x"], "--save needs -n, exactly one step count and one --ckpt"),
     (["--save", "x", "-n", "5", "--steps", "2", "4"], "--save needs -n, exactly one step count and one --ckpt"),
     (["--save", "x", "-n", "5", "--steps", "2", "--ckpt", "a.pt", "b.pt"], "and one --ckpt"),
-    (["--steps", "0"], "must be at least 1"),
+    (["--steps", "0"], "--steps: 0 is not a number from 1 on"),
+    (["--save", "x", "--out", "y"], "not allowed with argument --save"),
+    (["--export", "x", "--ckpt", "a.pt", "b.pt"], "give one --ckpt"),
     (["--out", "grid.jpg"], "the grid is a .png"),
     (["--class", "cat"], "trained without --classes"),
     (["--guidance", "2"], "trained without --classes"),

@@ -1,0 +1,99 @@
+"""Command-line flags that several scripts share, and the types of their values."""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+from checkpoint import load_checkpoint
+
+
+def at_least(low, kind=int):
+    """A type for argparse: numbers from `low` on."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} on")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def positive(text):
+    """A type for argparse: finite numbers above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return float(text)
+
+
+def fraction(text):
+    """A type for argparse: numbers from 0 on, and below 1."""
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
+    return float(text)
+
+
+def device_flags(g, compiled=False):
+    """`--device` and `--dtype`, for every script that runs a network, and `--compile` if it is to be compiled."""
+    g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
+                   help="precision of the network's insides (default: bf16 where the hardware has it)")
+    if compiled:
+        g.add_argument("--compile", nargs="?", const="default", default="", metavar="MODE",
+                       choices=["", "default", "reduce-overhead"],
+                       help="torch.compile the network: default, or reduce-overhead (CUDA graphs for small batches)")
+
+
+def out_flags(g, out):
+    """Where a run is kept. out: the default of --out, in words."""
+    g.add_argument("--out", metavar="DIR", help=f"folder of the run (default: {out})")
+    g.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
+    g.add_argument("--overwrite", action="store_true", help="delete the run in --out")
+
+
+def optimiser_flags(g):
+    """What one would change first."""
+    g.add_argument("--updates", type=at_least(1), metavar="P", help="optimiser steps in all (default: %(default)s)")
+    g.add_argument("--batch", type=at_least(1), help="images per update, of all processes (default: %(default)s)")
+    g.add_argument("--lr", type=positive, help="learning rate after warm-up (default: %(default)s)")
+    g.add_argument("--ema", type=fraction, help="decay of the weight average, which is sampled (default: %(default)s)")
+    g.add_argument("--seed", type=at_least(0), default=0, help="of weights, batches and noise (default: 0)")
+
+
+def score_flags(g):
+    """Scores while a run goes on, as fid.py gives them."""
+    g.add_argument("--fid-every", type=at_least(0), default=0, metavar="N", help="updates between two; 0: no scores")
+    g.add_argument("--fid-samples", type=at_least(2), default=10_000, metavar="M", help="images for each")
+    g.add_argument("--weights", metavar="FILE", help="Inception weights, or random, as in fid.py")
+
+
+def run_flags(g):
+    """What most runs leave as it is."""
+    g.add_argument("--log-every", type=at_least(1), metavar="N", help="updates between two lines of the log")
+    g.add_argument("--sample-every", type=at_least(0), metavar="N", help="updates between two pictures; 0: none")
+    g.add_argument("--save-every", type=at_least(1), metavar="N", help="updates between two checkpoints")
+    g.add_argument("--lr-end", type=positive, help="where the rate falls to, along a cosine (default: it stays)")
+    g.add_argument("--warmup", type=at_least(0), help="updates over which it rises from 0 (default: %(default)s)")
+    g.add_argument("--betas", type=fraction, nargs=2, default=[0.9, 0.999], help="of Adam (default: %(default)s)")
+    g.add_argument("--clip", type=positive, default=1.0, help="largest norm of the gradient (default: 1)")
+    g.add_argument("--cache", metavar="DIR", help="where packed images are kept (default: $DSD_CACHE or ~/.cache/dsd)")
+    g.add_argument("--accumulate", type=at_least(1), default=1, metavar="K",
+                   help="take each batch in K parts, one after the other: a K-th of the memory for activations")
+    g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
+                   help="compute activations twice: a fraction of the memory, a third more time")
+    device_flags(g, compiled=True)
+
+
+def parse_with_saved(p, argv, defaults):
+    """Parse flags, which beat the settings of the run that --resume names, which beat `defaults`: of a preset, say.
+
+    defaults  a function of the flags as given, which returns {name: value}
+    returns   (args, names of the settings that differ from the resumed run's)
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    given = p.parse_args([flag for flag in argv if flag not in ("-h", "--help")])
+    p.set_defaults(**defaults(given))
+    saved = load_checkpoint(Path(given.out or p.get_default("out")) / "ckpt.pt")["args"] if given.resume else {}
+    p.set_defaults(**{k: v for k, v in saved.items() if k not in ("out", "resume", "overwrite")})
+    args = p.parse_args(argv)
+    return args, {k for k, v in saved.items() if getattr(args, k, v) != v}

@@ -1,0 +1,90 @@
+"""Scheduling N (section 4.1.1): with how many steps each method works, and how many updates each gets.
+
+    plan("dsdi", steps=64, updates=600)        # [(64, 100), (32, 100), (16, 100), (8, 100), (4, 100), (2, 100)]
+    python distill.py --schedule dsdgl --dry-run --updates 4000 --lr 1e-6
+"""
+
+import math
+from dataclasses import dataclass
+
+from trainer import learning_rate
+
+
+def halves(n):
+    """n, n/2, n/4 … 2, each made even by rounding down: 64, 32, 16, 8, 4, 2 (DSDI)."""
+    return [n] if n == 2 else [n, *halves(n // 4 * 2)]
+
+
+def downwards(n):
+    """n, n − 2, n − 4 … 2 (DSDGL)."""
+    return list(range(n, 0, -2))
+
+
+@dataclass(frozen=True)
+class Method:
+    """What tells one method from another."""
+
+    depths: callable                             # start depth N -> the depths N_i
+    share: callable = lambda depth: 1.0          # of the updates, not normalised
+    teacher: bool = False                        # a frozen copy of the model, renewed at each depth, makes the targets
+    data: bool = False                           # Algorithm 1: z_t from data at random t, not from a trajectory
+
+
+METHODS = {
+    "dsdn": Method(lambda n: [n]),
+    "dsdi": Method(halves),
+    "dsdgl": Method(downwards),
+    # Eq. 2: exp(1/S), S = …, 6, 4, 2, 1 the step count that depth N_i aims at (read so that few steps get most)
+    "dsdgexp": Method(downwards, lambda depth: math.exp(1 / max(1, depth - 2))),
+    "tsd": Method(halves, teacher=True),
+    "pd": Method(halves, teacher=True, data=True),
+}
+
+
+def plan(schedule, steps, updates):
+    """[(N_i, updates at this depth), …]: the U_i of section 4.1.1, counted in updates, which sum exactly to P.
+
+    schedule  a name in METHODS;  steps  the start depth N, even;  updates  P, at least one for each depth
+    A trajectory of N_i steps makes N_i / 2 updates; the last one of a depth is cut short where its budget ends.
+    Raises ValueError for a plan that can't be made.
+    """
+    if steps < 2 or steps % 2:
+        raise ValueError(f"--steps {steps}: the start depth must be even and at least 2, as steps are taken in pairs")
+    depths = METHODS[schedule].depths(steps)
+    if updates < len(depths):
+        raise ValueError(f"--updates {updates}: {schedule} from {steps} steps has {len(depths)} depths, "
+                         f"and each needs at least one update")
+    shares = [METHODS[schedule].share(depth) for depth in depths]
+    spare, ends, total = updates - len(depths), [0], 0.0       # one update each; the rest in proportion
+    for i, share in enumerate(shares, 1):
+        total += share
+        ends.append(i + round(spare * total / sum(shares)))
+    return [(depth, ends[i + 1] - ends[i]) for i, depth in enumerate(depths)]
+
+
+def locate(plan, step):
+    """Where update number `step` falls: (depth N_i, which update of that depth)."""
+    for depth, updates in plan:
+        if step < updates:
+            return depth, step
+        step -= updates
+    raise IndexError("the plan is spent")
+
+
+def shares(args):
+    """[(N_i, updates, share of the updates, share weighted by their learning rates)] of a plan (Figure 4)."""
+    rows, step, rates = plan(args.schedule, args.steps, args.updates), 0, []
+    for _, updates in rows:
+        rates.append(sum(learning_rate(args, i) for i in range(step, step + updates)))
+        step += updates
+    return [(depth, n, n / args.updates, rate / sum(rates)) for (depth, n), rate in zip(rows, rates, strict=True)]
+
+
+def print_plan(args):
+    """Print the plan as a table: Figure 4 in numbers."""
+    print(f"{args.schedule}: {args.updates:,} updates of {args.batch}, from {args.steps} steps\n")
+    print(" depth  updates   share  by rate  trajectories")
+    for depth, updates, share, weighted in shares(args):
+        walks = "-" if METHODS[args.schedule].data else -(-updates // (depth // 2))
+        print(f"{depth:6d} {updates:8,d} {share:7.1%} {weighted:8.1%} {walks:>13}")
+    print("\nFor all methods, as a picture: python experiments/figure4.py")

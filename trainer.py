@@ -1,0 +1,347 @@
+"""What a training loop needs that is not in the paper: optimiser, average, log, checkpoints, resuming, signals.
+
+    trainer = Trainer(args, net, device, model_info)
+    for step in trainer.steps():                 # after each update: log, checkpoint, hooks, Ctrl-C
+        x, t = …                                 # this rank's rows of the batch
+        for x, t in trainer.parts(x, t):         # all of them, or --accumulate parts one after the other
+            with trainer.autocast():
+                loss = …
+            trainer.backward(loss)
+        trainer.update()                         # clipping, Adam, running average
+
+The loops themselves stand in train.py and distill.py.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpoint import load_checkpoint, save_checkpoint
+from ddim import SCHEDULES, Denoiser
+from runtime import all_gather, autocast, local_rows, memory_format, progress, rank, ranks, sum_over_ranks
+
+
+class Trainer:
+    """A network in training with its optimiser, its running average, its place in the run, and its files.
+
+    args         what flags.py asks of a run; args.out None: a loop that writes and prints nothing
+    model_info   what a checkpoint says of the model: schedule, predicts, shape, classes …, as sample.py needs them
+    ema_warmup   the network starts from random weights, which its average must be quick to forget
+    hooks        pairs (N, hook): hook(trainer) is called every N updates and after the last; returns dicts to log
+    watch        None, or called before each line of the log: watch(trainer) returns more to log, or ends the run
+    extra_state  further networks that a resumed run needs, by name: see `second_net`
+    carried      tensors with a row for each image that the loop carries from one update to the next, by name
+    """
+
+    def __init__(self, args, net, device, model_info, hooks=(), ema_warmup=True):
+        self.args, self.device, self.model_info, self.ema_warmup = args, device, model_info, ema_warmup
+        self.out = None if args.out is None else Path(args.out)
+        self.net = net.to(device, memory_format=memory_format(device))
+        self.net.checkpointing = args.checkpointing
+        self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self.shared = DistributedDataParallel(self.net, gradient_as_bucket_view=True) if ranks() > 1 else self.net
+        self.opt = torch.optim.Adam(self.net.parameters(), lr=args.lr, betas=tuple(args.betas), fused=True)
+        self.schedule = SCHEDULES[model_info["schedule"]]()
+        self.step, self.hooks, self.watch = 0, hooks, None
+        self.extra_state, self.carried, self.resumed = {}, {}, None
+        self.compiled, self.values, self.pending = {}, [], []
+        self.random = torch.Generator(device).manual_seed(args.seed)     # alike on all ranks, see `rand`
+        torch.manual_seed(args.seed + rank())                            # for dropout, the only other user of chance
+        self.chance = torch.cuda if device.type == "cuda" else torch
+
+    # ---- for the loop ----
+
+    def denoiser(self, net=None):
+        """x̂ of the network in training, or of one like it (an average, a teacher), as --compile wants it."""
+        net = self.shared if net is None else net
+        if self.args.compile and net not in self.compiled:
+            self.compiled[net] = torch.compile(net, mode=self.args.compile)
+        return Denoiser(self.compiled.get(net, net), self.schedule, self.model_info["predicts"],
+                        self.net.config.classes or None)
+
+    def second_net(self, name):
+        """A copy of the averaged weights, kept in the checkpoints under this name: a teacher, another average."""
+        if name not in self.extra_state:
+            self.extra_state[name] = copy.deepcopy(self.ema)
+            if self.resumed:
+                self.extra_state[name].load_state_dict(self.resumed["extra_state"][name])
+        return self.extra_state[name]
+
+    def _draw(self, kind, *args):
+        return local_rows(kind(*args, generator=self.random, device=self.device))
+
+    def rand(self):
+        """U[0, 1) for each image (B,). All ranks draw the same, for the whole batch, and each keeps its own rows."""
+        return self._draw(torch.rand, self.args.batch)
+
+    def randn(self, *shape):
+        """N(0, I) for each image (B, *shape), as `rand`."""
+        return self._draw(torch.randn, self.args.batch, *shape).to(memory_format=memory_format(self.device))
+
+    def randint(self, high):
+        """0 … high − 1 for each image (B,), as `rand`."""
+        return self._draw(torch.randint, high, (self.args.batch,))
+
+    def autocast(self):
+        return autocast(self.device, self.args.dtype)
+
+    def parts(self, *rows):
+        """This rank's rows (tensors (B, …) or None) in --accumulate equal parts, one after the other."""
+        count = self.args.accumulate
+        for i, part in enumerate(zip(*([x] * count if x is None else x.chunk(count) for x in rows), strict=True)):
+            if self.args.compile:
+                torch.compiler.cudagraph_mark_step_begin()    # what the last update's CUDA graphs put out is done with
+            # Ranks exchange their gradients in the last backward pass only.
+            with self.shared.no_sync() if ranks() > 1 and i < count - 1 else contextlib.nullcontext():
+                yield part
+
+    def backward(self, loss, terms=()):
+        """Add the gradient of one part's loss. terms: {name: scalar tensor} for the log."""
+        (loss / self.args.accumulate).backward()
+        self.values.append(dict(loss=loss.detach()) | {k: v.detach() for k, v in dict(terms).items()})
+
+    def update(self):
+        """One step of the optimiser from the gradients of all parts, and one of the running average."""
+        for group in self.opt.param_groups:
+            group["lr"] = learning_rate(self.args, self.step)
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.args.clip)
+        self.opt.step()
+        self.opt.zero_grad(set_to_none=True)
+        # A short memory at first: an average still full of the random start would show noise for thousands of updates.
+        update_ema(self.ema, self.net, min(self.args.ema, (1 + self.step) / (10 + self.step) if self.ema_warmup else 1))
+        means = {k: sum(v[k] for v in self.values) / len(self.values) for k in self.values[0]} | dict(grad_norm=norm)
+        self.names, self.values = list(means), []
+        self.pending.append(torch.stack([*means.values()]).float())
+
+    def steps(self):
+        """The numbers of the updates to be made, from 0, or on from a checkpoint, to P − 1.
+
+        After each: the log, checkpoints, hooks. Every rank runs it, and rank 0 writes. Nothing here waits for a GPU
+        except where a value is logged. A loss or gradient that is not finite ends the run with the last good checkpoint
+        in place, Ctrl-C or SIGTERM with a fresh one: at once, or on several ranks at the next line of the log.
+        """
+        a, since, stop = self.args, time.perf_counter(), False
+        due = lambda n: n and (self.step % n == 0 or self.step == a.updates)  # noqa: E731
+        log_file = os.devnull if rank() or not self.out else self.out / "log.jsonl"
+        with (disk_errors(self), catch_signals() as stopped, open(log_file, "a") as log,
+              progress(total=a.updates, initial=self.step, unit="update") as bar):
+            while self.step < a.updates and not stop:
+                lr = learning_rate(a, self.step)
+                yield self.step                               # here the loop's body runs
+                self.step += 1
+                bar.update()
+                stop = ranks() == 1 and bool(stopped)
+                if due(a.log_every) or due(a.save_every) or stop:
+                    count, (means, stop) = len(self.pending), self._means(bool(stopped), bar)
+                    now = time.perf_counter()
+                    entry = {"step": self.step} | means | (self.watch(self) if self.watch else {})
+                    entry |= dict(lr=lr, images_per_s=round(count * a.batch / (now - since), 1))
+                    print(json.dumps(entry), file=log, flush=True)
+                    shown = {k: f"{means[k]:.3g}" for k in means if k != "grad_norm"}
+                    bar.set_postfix(shown | {"img/s": entry["images_per_s"]})
+                    since = now
+                paused = time.perf_counter()
+                if self.out and (due(a.save_every) or stop):
+                    self.save()
+                for n, hook in self.hooks if not stop or self.step == a.updates else ():
+                    for entry in (due(n) and hook(self)) or []:
+                        print(json.dumps({"step": self.step} | entry), file=log, flush=True)
+                since += time.perf_counter() - paused         # neither is training: keep them out of images/s
+        if self.step < a.updates:
+            again = "torchrun …" if ranks() > 1 else "python"
+            print(f"stopped at update {self.step} of {a.updates}; saved {self.ckpt}. Go on with: "
+                  f"{again} {Path(sys.argv[0]).name} --resume --out {self.out}")
+            sys.exit(130)
+
+    def _means(self, stopped, bar):
+        """({name: mean of the updates since the last call}, whether any rank was stopped), over all ranks.
+
+        Ends the run if a value is not finite.
+        """
+        values = torch.stack(self.pending)
+        flag = values.new_full((1,), stopped)                 # it rides on the one exchange that the log needs
+        everything = (sum_over_ranks(torch.cat([values.flatten(), flag])) / ranks()).cpu()
+        values, flag = everything[:-1].view(values.shape), everything[-1]
+        bad = (~values.isfinite().all(dim=1)).nonzero()
+        if len(bad):
+            bar.close()
+            first = self.step - len(values) + 1 + bad[0].item()
+            sys.exit(f"error: loss or gradient not finite at update {first}; {what_is_kept(self)}. "
+                     f"Try a lower --lr, or --dtype fp32.")
+        self.pending = []
+        return dict(zip(self.names, values.mean(0).tolist(), strict=True)), flag.item() > 0
+
+    # ---- its files ----
+
+    @property
+    def ckpt(self):
+        return self.out / "ckpt.pt"
+
+    def save(self):
+        """Write everything that a run needs to go on exactly, and sample.py needs of the model. Called on all ranks."""
+        state = dict(self.model_info, config=asdict(self.net.config), step=self.step,
+                     args={k: v for k, v in vars(self.args).items() if k not in ("out", "resume", "overwrite")},
+                     extra_state={name: net.state_dict() for name, net in self.extra_state.items()},
+                     carried={name: all_gather(rows) for name, rows in self.carried.items()},
+                     weights=self.net.state_dict(), ema=self.ema.state_dict(), optimizer=self.opt.state_dict(),
+                     random=self.random.get_state(), dropout=all_gather(self.chance.get_rng_state()[None]))
+        if rank() == 0:
+            save_checkpoint(self.ckpt, state)
+
+    def load(self, state):
+        """Take up the state of a checkpoint of the same network. Says so where the run can't go on bit for bit."""
+        if "extra_state" not in state:
+            sys.exit(f"error: {self.ckpt} is of an older version: it can be sampled and distilled, but not resumed")
+        try:
+            self.net.load_state_dict(state["weights"])
+        except RuntimeError as e:
+            sys.exit(f"error: the model of {self.ckpt} has another shape than these flags ask for "
+                     f"({str(e).splitlines()[1].strip()})")
+        self.ema.load_state_dict(state["ema"])
+        self.opt.load_state_dict(state["optimizer"])
+        for group in self.opt.param_groups:
+            group["betas"] = tuple(self.args.betas)           # flags beat the checkpoint, as everywhere
+        self.carried = {name: local_rows(rows).to(self.device) for name, rows in state["carried"].items()}
+        self.step, self.resumed, before = state["step"], state, len(state["dropout"])
+        if state["random"].shape != self.random.get_state().shape:
+            self.random.manual_seed(self.args.seed + self.step)
+            print("resuming on another kind of device: other noise from here on, no longer bit for bit")
+        else:
+            self.random.set_state(state["random"])
+            if before == ranks():
+                self.chance.set_rng_state(state["dropout"][rank()])
+        if before != ranks():
+            print(f"resuming on {ranks()} processes what ran on {before}: the same images and the same noise, but "
+                  f"gradients are summed in another order, and --dropout draws other masks: no longer bit for bit")
+
+
+def learning_rate(args, step):
+    """Linear warm-up to --lr, then constant; with --lr-end half a cosine from --lr to there (section 5, Table 3)."""
+    warm = min(1, (step + 1) / max(1, args.warmup))
+    if args.lr_end is None:
+        return args.lr * warm
+    gone = max(0, step - args.warmup) / max(1, args.updates - 1 - args.warmup)
+    return warm * (args.lr_end + (args.lr - args.lr_end) * (1 + math.cos(math.pi * min(1, gone))) / 2)
+
+
+@torch.no_grad()
+def update_ema(average, net, decay):
+    """One step of a running average of weights: decay · average + (1 − decay) · net. decay 0 copies the weights."""
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+
+
+def batches(images, args, start, device):
+    """Yield this rank's rows of batch `start`, `start` + 1 … as (x, y) on the device; a thread reads one ahead."""
+
+    def fetch(step):
+        x, y = images.batch(step, args.batch, args.seed, args.flip, (rank(), ranks()))
+        return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(fetch, start)
+        while True:
+            x, y = future.result()
+            start += 1
+            future = pool.submit(fetch, start)
+            yield x.to(device, non_blocking=True, memory_format=memory_format(device)), y.to(device, non_blocking=True)
+
+
+# ---- the folder of a run ------------------------------------------------------------------------------
+
+RUN_FILES = "ckpt.pt", "log.jsonl", "samples-*.png"
+
+
+def what_is_kept(trainer):
+    kept = trainer.out and trainer.ckpt.exists()
+    return f"{trainer.ckpt} holds the last good checkpoint" if kept else "there is no checkpoint yet"
+
+
+@contextlib.contextmanager
+def disk_errors(trainer):
+    """A disk that is full, or gone, ends a run in one line."""
+    try:
+        yield
+    except OSError as e:
+        sys.exit(f"error: can't write to {trainer.out} ({e.strerror or e}); {what_is_kept(trainer)}")
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """A list that is empty until Ctrl-C or SIGTERM arrives; a second Ctrl-C interrupts at once.
+
+    Not under torchrun: it passes on what the terminal sends as well, and ends a process that takes over 30 seconds.
+    """
+    stopped = []
+
+    def handler(number, frame):
+        if stopped and ranks() == 1:
+            raise KeyboardInterrupt
+        stopped.append(number)
+
+    old = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for n, h in old.items():
+            signal.signal(n, h)
+
+
+def check_out(args, more="--updates N asks for more"):
+    """Look at flags and OUT before any work: the checkpoint to --resume from, or None. Exits if a run is in the way.
+
+    more  what the user of a finished run can do
+    """
+    out = Path(args.out)
+    if args.batch % (ranks() * args.accumulate):
+        sys.exit(f"error: --batch {args.batch} can't be shared equally by {ranks()} processes"
+                 f" with --accumulate {args.accumulate}")
+    if args.compile == "reduce-overhead" and (ranks() > 1 or args.accumulate > 1):
+        sys.exit("error: --compile reduce-overhead is for a single process without --accumulate: its graphs keep "
+                 "gradients in place; --compile default takes both")
+    if args.resume:
+        state = load_checkpoint(out / "ckpt.pt")
+        if state["step"] >= args.updates:
+            sys.exit(f"{out} is finished ({state['step']} updates); {more}")
+        return state
+    if rank():                                                # rank 0 looks: it may have begun to write by now
+        return None
+    if any(f for pattern in RUN_FILES for f in out.glob(pattern)) and not args.overwrite:
+        sys.exit(f"error: {out} holds a run already: --resume goes on, --overwrite deletes it, --out takes another")
+    return None
+
+
+def prepare_out(args, state):
+    """Make OUT ready for the first update: an old run goes, after all checks, lest a typing error delete it."""
+    out = Path(args.out)
+    if rank():
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if state:
+            _cut_log(out / "log.jsonl", state["step"])
+        else:
+            for f in [f for pattern in RUN_FILES for f in out.glob(pattern)]:
+                f.unlink()
+    except OSError as e:
+        sys.exit(f"error: can't write to {out} ({e.strerror})")
+
+
+def _cut_log(path, step):
+    """Drop what a killed run logged after its last checkpoint: those updates will be made, and logged, again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        tmp = path.with_name(path.name + ".tmp")
+        tmp.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        os.replace(tmp, path)
