@@ -20,9 +20,9 @@ SHOWN = 2, 4, 8, 64        # step counts of the pictures, and of the scores exce
 
 
 def sampler_of(trainer, count=None):
-    """A Sampler of the averaged weights, with all classes in turn, or about `count` of them that differ."""
+    """A Sampler of the averaged weights. It draws the classes in turn: all of them, or `count` spread over all."""
     classes = trainer.net.config.classes
-    y = list(range(0, classes, max(1, classes // (count or max(1, classes))))) or None
+    y = list(range(0, classes, max(1, classes // count) if count else 1)) or None
     return Sampler(trainer.ema, trainer.model_info, trainer.device, trainer.args.dtype, y, seed=trainer.args.seed)
 
 
@@ -30,9 +30,12 @@ def draw_shown(trainer, n=10):
     """n samples at each of SHOWN, from the same noise, not decoded: (rows, n, C, H, W) float32 on the CPU of rank 0."""
     if rank():
         return None
-    sampler = sampler_of(trainer, n)
+    sampler, rows = sampler_of(trainer, n), []
     with progress(total=sum(SHOWN), desc="sampling", unit="step", leave=False) as bar:
-        return torch.stack([(sampler.draw(range(n), s).float().cpu().contiguous(), bar.update(s))[0] for s in SHOWN])
+        for s in SHOWN:
+            rows.append(sampler.draw(range(n), s).float().cpu().contiguous())
+            bar.update(s)
+    return torch.stack(rows)
 
 
 def compare_picture(trainer):

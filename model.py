@@ -242,9 +242,8 @@ class UNet(nn.Module):
         def attention(ch):
             return Transformer(c, ch) if c.context_dim else SelfAttention(c, ch)
 
-        ch, factor = c.channels, 1
+        ch, factor, skips = c.channels, 1, [c.channels]    # skips: channels of everything the way up will see again
         self.down = nn.ModuleList([Stage(resample=nn.Conv2d(c.in_channels, ch, 3, padding=1))])
-        skips = [ch]                                  # channels of everything the way up will see again
         for level, mult in enumerate(c.mult):
             for _ in range(c.blocks):
                 res, ch = ResBlock(c, ch, mult * c.channels), mult * c.channels

@@ -323,25 +323,20 @@ def check_out(args, more="--updates N asks for more"):
 
 
 def prepare_out(args, state):
-    """Make OUT ready for the first update: an old run goes, after all checks, lest a typing error delete it."""
-    out = Path(args.out)
+    """Make OUT ready for the first update: an old run goes, after all checks, lest a typing error delete it.
+
+    With the state of a checkpoint: what a killed run logged after it goes, as those updates will be made again.
+    """
     if rank():
         return
+    out, log = Path(args.out), Path(args.out) / "log.jsonl"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if state:
-            _cut_log(out / "log.jsonl", state["step"])
-        else:
-            for f in [f for pattern in RUN_FILES for f in out.glob(pattern)]:
-                f.unlink()
+        for f in [f for pattern in RUN_FILES for f in out.glob(pattern) if not state]:
+            f.unlink()
+        if log.exists():
+            whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            log.with_name("log.tmp").write_text("".join(s for s in whole if json.loads(s)["step"] <= state["step"]))
+            os.replace(log.with_name("log.tmp"), log)
     except OSError as e:
         sys.exit(f"error: can't write to {out} ({e.strerror})")
-
-
-def _cut_log(path, step):
-    """Drop what a killed run logged after its last checkpoint: those updates will be made, and logged, again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        tmp = path.with_name(path.name + ".tmp")
-        tmp.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-        os.replace(tmp, path)

@@ -1,21 +1,25 @@
-"""The README and the docstrings promise commands and files: they must exist and parse."""
+"""The README, the docs and the docstrings promise commands and files: they must exist and parse."""
 
 import importlib
 import re
 import shlex
-from pathlib import Path
+import sys
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = ["train", "distill", "sample", "fid", "bench"]
+EXPERIMENTS = sorted(p.stem for p in (ROOT / "experiments").glob("*.py"))
+sys.path.insert(0, str(ROOT / "experiments"))
 
 
 def commands():
-    """Every `python script.py …`, or torchrun, of the README and of the scripts' docstrings, without comments."""
-    texts = [README, *(importlib.import_module(s).__doc__ for s in SCRIPTS)]
-    found = re.findall(r"(?:python|torchrun(?: --\w+=\S+)*) (\w+)\.py([^\n`#]*)", "\n".join(texts).replace("\\\n", " "))
+    """Every `python script.py …`, or torchrun, of the pages and of the scripts' docstrings, without comments."""
+    texts = [*(page.read_text() for page in PAGES), *(importlib.import_module(s).__doc__ for s in SCRIPTS)]
+    found = re.findall(r"(?:python|torchrun(?: --\w+=\S+)*) +(\w+)\.py([^\n`#]*)",
+                       "\n".join(texts).replace("\\\n", " "))
     return sorted({(script, flags.strip().rstrip(";.,)")) for script, flags in found if "--help" not in flags})
 
 
@@ -23,7 +27,7 @@ def commands():
 def test_every_command_parses(script, flags, monkeypatch):
     module = importlib.import_module(script)
     if "--resume" in flags:
-        monkeypatch.setattr("train.load_checkpoint", lambda path: {"args": {}})
+        monkeypatch.setattr("flags.load_checkpoint", lambda path: {"args": {}})
     module.parse_args(shlex.split(flags))
 
 
@@ -31,22 +35,42 @@ def test_there_are_commands_for_every_script():
     assert {script for script, _ in commands()} == set(SCRIPTS)
 
 
+def test_every_experiment_exists_and_says_how_it_is_run():
+    for page in PAGES:
+        for name in re.findall(r"python experiments/(\w+)\.py", page.read_text()):
+            assert name in EXPERIMENTS, (page, name)
+    for name in EXPERIMENTS:
+        module = importlib.import_module(name)
+        assert f"python experiments/{name}.py" in module.__doc__ and callable(module.main)
+
+
 def test_the_file_map_names_every_file_and_no_other():
-    named = set(re.findall(r"^\| `(\w+\.py)`", README, flags=re.M))
+    named = set(re.findall(r"^\| `(\w+\.py)` \|", README, flags=re.M))
     assert named == {p.name for p in ROOT.glob("*.py")}
 
 
-def test_linked_files_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_what_the_pages_name_in_a_file_is_there():
+    """`file.py`: `name`, `other` in a table means that the file defines them."""
+    for page in PAGES:
+        for file, names in re.findall(r"`(\w+\.py)`: ([^|;]*)", page.read_text()):
+            source = (ROOT / file).read_text()
+            for name in re.findall(r"`(\w+)", names):
+                assert re.search(rf"\b{name}\b", source), (page, name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_linked_files_exist(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_teaches_every_flag(script, capsys):
+def test_help_teaches_every_flag_on_two_screens(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
         importlib.import_module(script).parse_args(["--help"])
     text = capsys.readouterr().out
-    assert f"python {script}.py" in text
+    assert f"python {script}.py" in text and len(text.splitlines()) <= 100
     flags = re.findall(r"^  (-.*)\n(.*)", text, flags=re.M)
     assert len(flags) > 4
     for flag, below in flags:                                 # its help stands on the same line, or on the next

@@ -1,6 +1,6 @@
 """The search behind the defaults of distill.py: many settings on one model, judged by a quick score.
 
-    python tests/search.py --ckpt out/celeba32/ckpt.pt --data celeba-10k.zip --crop 0.787
+    python experiments/search.py --ckpt out/celeba32/ckpt.pt --data celeba-10k.zip --crop 0.787
 
 The quick score is a Fréchet distance over the 256 features of a small random convolutional network, from 512
 samples: good for ranking settings of one model, and comparable with nothing else. Beside it stands the standard
@@ -9,29 +9,31 @@ deviation of the pixels (8 steps), which tells over-sharpened samples from washe
 
 import argparse
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import distill
-from data import load_data, to_tensor
-from fid import Moments, frechet_distance
-from model import load_model, pick_device, pick_dtype
-from sample import Sampler
-from train import batches
+from lab import distilled  # noqa: E402
+
+from checkpoint import load_model  # noqa: E402
+from data import load_data, to_tensor  # noqa: E402
+from fid import Moments, frechet_distance  # noqa: E402
+from plans import METHODS  # noqa: E402
+from runtime import pick_device, pick_dtype  # noqa: E402
+from sample import Sampler  # noqa: E402
+from trainer import batches  # noqa: E402
 
 STEPS = 2, 4, 8
 RATES = [3e-6, 1e-5, 3e-5, 1e-4]
 SETTINGS = [
-    *(dict(schedule=s, lr=lr) for s in distill.SCHEDULES for lr in RATES),
+    *(dict(schedule=s, lr=lr) for s in METHODS for lr in RATES),
     *(dict(schedule=s, lr=lr, target_ema=0.98) for s in ("dsdn", "dsdi", "dsdgl") for lr in (3e-5, 6e-5)),
     *(dict(schedule="dsdi", lr=lr, target_ema=d, ema=d) for d in (0.95, 0.99) for lr in (3e-5, 6e-5)),
-    *(dict(schedule="dsdi", lr=1e-5, weight=w) for w in ("none", "logsnr")),
+    dict(schedule="dsdi", lr=1e-5, weight="none"),
     dict(schedule="dsdi", lr=1e-5, target="x0"),
-    *(dict(schedule="dsdi", lr=lr, stagger=True) for lr in (5e-6, 1e-5)),
-    dict(schedule="dsdi", lr=3e-5, target_ema=0.98, stagger=True),
 ]
 
 
@@ -61,18 +63,6 @@ def statistics(features, batches):
     return moments.result()
 
 
-def distilled(ckpt, device, data, schedule, lr, **settings):
-    """The averaged weights after one run."""
-    args = distill.parse_args(["--schedule", schedule, "--lr", str(lr)])
-    vars(args).update(settings, dtype=pick_dtype("auto", device))
-    net, state = load_model(ckpt, device)
-    torch.manual_seed(args.seed)
-    run, losses = distill.setup(args, net, device, state, batches(data, args, 0, device))
-    for step in range(args.updates):
-        run.update(losses(step))
-    return run.ema
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", default="out/celeba32/ckpt.pt")
@@ -85,8 +75,8 @@ def main():
     data = load_data(args.data, state["shape"][1], args.crop)
     real = statistics(features, (to_tensor(data.pixels[i:i + 250]) for i in range(0, len(data), 250)))
 
-    def row(name, net):
-        sampler, cells = Sampler(net, state, device, pick_dtype("auto", device)), []
+    def row(name, model):
+        sampler, cells = Sampler(model, state, device, pick_dtype("auto", device)), []
         for steps in STEPS:
             x = torch.cat([sampler(range(i, i + 64), steps).float().cpu() for i in range(0, args.n, 64)]).clamp(-1, 1)
             cells.append(f"{frechet_distance(*statistics(features, x.split(250)), *real):.2f}")
@@ -95,7 +85,9 @@ def main():
     print(f"| setting | {' | '.join(map(str, STEPS))} | std |")
     row("undistilled", net)
     for setting in SETTINGS:
-        row(" ".join(f"{k} {v}" for k, v in setting.items()), distilled(args.ckpt, device, data, **setting))
+        stream = batches(data, Namespace(batch=32, seed=0, flip=True), 0, device)
+        row(" ".join(f"{k} {v}" for k, v in setting.items()),
+            distilled(net, state, stream, dtype=pick_dtype("auto", device), **setting))
 
 
 if __name__ == "__main__":
