@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import distill  # noqa: E402
+import distill
 
 RUNS = {
     "dsdi, 3e-5": ["--schedule", "dsdi", "--lr", "3e-5"],

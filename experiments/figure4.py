@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import distill  # noqa: E402
-from plans import METHODS, halves, shares  # noqa: E402
+import distill
+from plans import METHODS, halves, shares
 
 
 def main(argv=None):

@@ -18,11 +18,11 @@ from torch import nn
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import distill  # noqa: E402
-from data import save_grid  # noqa: E402
-from ddim import Cosine, Denoiser, ddim_sample  # noqa: E402
-from plans import plan  # noqa: E402
-from trainer import Trainer  # noqa: E402
+import distill
+from data import save_grid
+from ddim import Cosine, Denoiser, ddim_sample
+from plans import plan
+from trainer import Trainer
 
 SHAPE = [2, 1, 1]
 MODEL_INFO = dict(schedule="cosine", predicts="v", shape=SHAPE, classes=[])

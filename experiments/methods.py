@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import distill  # noqa: E402
-import fid  # noqa: E402
-import sample  # noqa: E402
-from plans import METHODS  # noqa: E402
+import distill
+import fid
+import sample
+from plans import METHODS
 
 RUNS = {name: ["--schedule", name] for name in METHODS} | {
     "dsdi-average": ["--schedule", "dsdi", "--target-ema", "0.98", "--lr", "3e-5"],

@@ -16,15 +16,15 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from lab import distilled  # noqa: E402
+from lab import distilled
 
-from checkpoint import load_model  # noqa: E402
-from data import load_data, to_tensor  # noqa: E402
-from fid import Moments, frechet_distance  # noqa: E402
-from plans import METHODS  # noqa: E402
-from runtime import pick_device, pick_dtype  # noqa: E402
-from sample import Sampler  # noqa: E402
-from trainer import batches  # noqa: E402
+from checkpoint import load_model
+from data import load_data, to_tensor
+from fid import Moments, frechet_distance
+from plans import METHODS
+from runtime import pick_device, pick_dtype
+from sample import Sampler
+from trainer import batches
 
 STEPS = 2, 4, 8
 RATES = [3e-6, 1e-5, 3e-5, 1e-4]

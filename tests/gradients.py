@@ -10,12 +10,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import distill  # noqa: E402
-import train  # noqa: E402
-from model import UNet, UNetConfig  # noqa: E402
-from plans import plan  # noqa: E402
-from runtime import launch, local_rows, pick_device, rank  # noqa: E402
-from trainer import Trainer  # noqa: E402
+import distill
+import train
+from model import UNet, UNetConfig
+from plans import plan
+from runtime import launch, local_rows, pick_device, rank
+from trainer import Trainer
 
 TINY = dict(channels=8, mult=(1, 2), blocks=1, attention=(), groups=4, head_channels=8, classes=3)
 METHODS = {"train": 2, "dsdi": 1, "tsd": 2, "pd": 1}         # and into how many parts a batch is taken

@@ -2,19 +2,23 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
-import bench
 from model import UNet, param_count
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import bench
 
 TINY = ["--model", "toy", "--size", "8", "--batch", "2", "--repeats", "1", "--dtype", "fp32", "--steps", "1", "3"]
 
 
 def settings(*flags):
     args = bench.parse_args([*TINY, *flags])
-    args.device, args.at_once = torch.device("cpu"), 1
+    args.device = torch.device("cpu")
     return args
 
 
@@ -24,7 +28,7 @@ def test_every_group_leaves_its_rows(tmp_path, capsys):
     found = json.loads((tmp_path / "out" / "bench.json").read_text())
     groups = {name: {row["what"]: row for row in g["rows"]} for name, g in found["groups"].items()}
     assert groups.keys() == bench.GROUPS.keys()
-    assert {"plain", "--distill 0.15"} <= groups["train"].keys() and groups["distill"].keys() == bench.METHODS.keys()
+    assert {"plain", "--distill 0.15", "diffusers", "diffusers, channels last"} == groups["train"].keys() and groups["distill"].keys() == bench.METHODS.keys()
     assert groups["sample"].keys() == {"1 steps", "3 steps"} and "fid.py" in groups["fid"]
     for row in groups["train"].values():
         assert row["images/s"] == pytest.approx(2 / row["s"]) and 0 < row["MFU"] < 1 and len(row["seconds"]) == 1
@@ -36,15 +40,15 @@ def test_every_group_leaves_its_rows(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", bench.METHODS)
 def test_evaluations_and_copies_are_those_of_the_table(name):
-    method = bench.Method(settings(), name)
+    update, trainer = bench.distillation(settings(), name)
     _, evaluations, further = bench.METHODS[name]
-    nets = [method.run.net, method.run.ema, *(p for p in method.run.parts.values() if hasattr(p, "register_buffer"))]
-    calls = []
+    update()                                                  # the first one makes the further copies
+    nets, calls = [trainer.net, trainer.ema, *trainer.extra_state.values()], []
     for net in nets:
         net.register_forward_hook(lambda *_: calls.append(1))
-    method()
+    update()
     assert len(calls) == evaluations
-    assert len(nets) - 2 == (further != "–")
+    assert len(nets) - 2 == (further != "–") and trainer.step == 2
 
 
 def test_contestants_take_turns_and_warm_up():
@@ -61,11 +65,10 @@ def test_the_count_of_operations_is_that_of_the_formula():
 
 
 @pytest.mark.parametrize("model", ["toy", "small32", "unet64"])
-def test_the_twin_of_diffusers_has_our_size(model):
-    pytest.importorskip("diffusers")
-    config = bench.config_of(model)
+def test_the_unet_of_diffusers_has_our_size(model):
+    config, _ = bench.model_of(bench.parse_args(["--model", model]))
     with torch.device("meta"):
-        assert param_count(bench.Twin(config, 32)) == param_count(UNet(config))
+        assert param_count(bench.DiffusersUNet(config, 32)) == param_count(UNet(config))
 
 
 @pytest.mark.parametrize("what,flags,message", [

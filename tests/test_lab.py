@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from plans import METHODS
 
 sys.path.insert(0, str(ROOT / "experiments"))
-import lab  # noqa: E402
+import lab
 
 TWO, FOUR, EIGHT = (lab.STEPS.index(s) for s in (2, 4, 8))
 

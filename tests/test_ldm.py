@@ -14,13 +14,13 @@ import types
 import zlib
 from pathlib import Path
 
+import bench
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
 
-import bench
 import data
 import distill
 import fid

@@ -195,6 +195,8 @@ def test_samples_of_other_settings_are_not_mixed(ckpt, tmp_path):
             script.main([*args, "2", "--seed", "3"])
         script.main([*args, "4", "--overwrite"])
     assert json.loads((tmp_path / "png" / "settings.json").read_text())["steps"] == 4
+    with pytest.raises(SystemExit, match="made with another n;"):
+        script.main([*args, "4", "-n", "3"])                            # the npz: a folder may grow
     with pytest.raises(SystemExit, match="made with another ckpt"):
         make_checkpoint(tmp_path / "ckpt.pt", classes=3)
         script.main([*args, "4"])

@@ -33,8 +33,8 @@ def test_a_run_leaves_checkpoint_log_and_picture(small_run, tmp_path, capsys):
 
 def test_training_loads_neither_ldms_files_nor_the_network_of_the_scores(tmp_path):
     """A toy run on the built-in pictures, in a fresh process: none of ldm.py, fid.py, inception.py is imported."""
-    code = ("import sys, data, train; data.BuiltIn.__init__.__defaults__ = (20,); "
-            f"train.main({[*SMALL_RUN, '--updates', '2', '--cache', str(tmp_path), '--out', str(tmp_path / 'out')]!r}); "
+    flags = [*SMALL_RUN, "--updates", "2", "--cache", str(tmp_path), "--out", str(tmp_path / "out")]
+    code = (f"import sys, data, train; data.BuiltIn.__init__.__defaults__ = (20,); train.main({flags!r}); "
             "print('loaded:', {'ldm', 'fid', 'inception'} & set(sys.modules))")
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "loaded: set()" in output
@@ -53,8 +53,8 @@ def test_a_handful_of_images_is_learnt(tmp_path):
     for i, c in enumerate(colours):
         (tmp_path / "data").mkdir(exist_ok=True)
         Image.fromarray(np.broadcast_to(c, (8, 8, 3)).copy()).save(tmp_path / "data" / f"{i}.png")
-    train.main([*SMALL_RUN, "--data", str(tmp_path / "data"), "--cache", str(tmp_path / "c"), "--out", str(tmp_path / "out"),
-                "--batch", "32", "--updates", "200", "--lr", "3e-3", "--distill", "0.15",
+    train.main([*SMALL_RUN, "--data", str(tmp_path / "data"), "--cache", str(tmp_path / "c"),
+                "--out", str(tmp_path / "out"), "--batch", "32", "--updates", "200", "--lr", "3e-3", "--distill", "0.15",
                 "--save-every", "1000", "--log-every", "50", "--dtype", "fp32"])
     net, state = load_model(tmp_path / "out" / "ckpt.pt")
     x = ddim_sample(Denoiser.of(net, state), start_noise(0, range(40), state["shape"]), 16).mean((2, 3))      # (40, 3)
