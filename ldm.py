@@ -16,7 +16,7 @@ import pickle
 import re
 import shutil
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,26 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
-from tqdm import tqdm
 
-from data import DataError, Images, check_space, locked, made
+from checkpoint import CheckpointError, file_hash
+from checkpoint import load_model as load_own
+from data import DataError, Images, check_space, locked, wait_for_first_rank
 from ddim import LDMDiscrete
-from model import (
-    CheckpointError,
-    Downsample,
-    ResBlock,
-    SelfAttention,
-    Transformer,
-    UNet,
-    UNetConfig,
-    Upsample,
-    attend,
-    autocast,
-    config_dict,
-    file_hash,
-    memory_format,
-)
-from model import load_model as load_own
+from model import Downsample, ResBlock, SelfAttention, Transformer, UNet, UNetConfig, Upsample, attend
+from runtime import autocast, memory_format, progress
 
 # ---- the autoencoder ------------------------------------------------------------------------------------
 
@@ -65,12 +52,12 @@ class AutoencoderConfig:
         return 2 ** (len(self.mult) - 1)
 
 
-def named(**layers):
+def named_sequential(**layers):
     """Layers one after the other, under names."""
     return nn.Sequential(OrderedDict(layers))
 
 
-def norm(ch):
+def group_norm(ch):
     return nn.GroupNorm(32, ch, eps=1e-6)                     # another epsilon than in the UNet
 
 
@@ -79,7 +66,7 @@ class Block(nn.Module):
 
     def __init__(self, cin, cout):
         super().__init__()
-        self.norm1, self.norm2 = norm(cin), norm(cout)
+        self.norm1, self.norm2 = group_norm(cin), group_norm(cout)
         self.conv1, self.conv2 = nn.Conv2d(cin, cout, 3, padding=1), nn.Conv2d(cout, cout, 3, padding=1)
         self.nin_shortcut = nn.Identity() if cin == cout else nn.Conv2d(cin, cout, 1)
 
@@ -93,7 +80,7 @@ class Attention(nn.Module):
 
     def __init__(self, ch):
         super().__init__()
-        self.norm = norm(ch)
+        self.norm = group_norm(ch)
         self.q, self.k, self.v, self.proj_out = (nn.Linear(ch, ch) for _ in range(4))
 
     def forward(self, h):
@@ -107,19 +94,20 @@ def blocks(cin, cout, count):
 
 
 def middle(ch):
-    return named(block_1=Block(ch, ch), attn_1=Attention(ch), block_2=Block(ch, ch))
+    return named_sequential(block_1=Block(ch, ch), attn_1=Attention(ch), block_2=Block(ch, ch))
 
 
 def encoder(c):
     """Images (B, 3, H, W) -> (B, latent, H/f, W/f). Names as in LDM's files, here and in the decoder."""
     widths, levels = [c.channels, *(m * c.channels for m in c.mult)], []
     for i, (cin, cout) in enumerate(pairwise(widths)):
-        levels.append(named(block=blocks(cin, cout, c.blocks)))
+        levels.append(named_sequential(block=blocks(cin, cout, c.blocks)))
         if i < len(c.mult) - 1:                               # padded at the right and the bottom only
-            halve = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(cout, cout, 3, stride=2))
-            levels[-1].add_module("downsample", halve)
-    return named(conv_in=nn.Conv2d(3, c.channels, 3, padding=1), down=nn.Sequential(*levels), mid=middle(cout),
-                 norm_out=norm(cout), act=nn.SiLU(), conv_out=nn.Conv2d(cout, c.latent, 3, padding=1))
+            pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(cout, cout, 3, stride=2)
+            levels[-1].add_module("downsample", named_sequential(pad=pad, conv=conv))
+    return named_sequential(
+        conv_in=nn.Conv2d(3, c.channels, 3, padding=1), down=nn.Sequential(*levels), mid=middle(cout),
+        norm_out=group_norm(cout), act=nn.SiLU(), conv_out=nn.Conv2d(cout, c.latent, 3, padding=1))
 
 
 def decoder(c):
@@ -127,12 +115,12 @@ def decoder(c):
     ch, levels = c.mult[-1] * c.channels, {}
     conv_in, mid = nn.Conv2d(c.latent, ch, 3, padding=1), middle(ch)
     for i, mult in reversed(list(enumerate(c.mult))):         # the coarsest level, which has the highest number, first
-        level, ch = named(block=blocks(ch, mult * c.channels, c.blocks + 1)), mult * c.channels
+        level, ch = named_sequential(block=blocks(ch, mult * c.channels, c.blocks + 1)), mult * c.channels
         if i:
-            level.add_module("upsample", named(conv=Upsample(ch)))
+            level.add_module("upsample", named_sequential(conv=Upsample(ch)))
         levels[str(i)] = level
-    return named(conv_in=conv_in, mid=mid, up=named(**levels),
-                 norm_out=norm(ch), act=nn.SiLU(), conv_out=nn.Conv2d(ch, 3, 3, padding=1))
+    return named_sequential(conv_in=conv_in, mid=mid, up=named_sequential(**levels),
+                            norm_out=group_norm(ch), act=nn.SiLU(), conv_out=nn.Conv2d(ch, 3, 3, padding=1))
 
 
 class Autoencoder(nn.Module):
@@ -142,7 +130,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.config = c = config
         self.encoder, self.decoder = encoder(c), decoder(c)
-        self.quantize = named(embedding=nn.Embedding(c.codes, c.latent))
+        self.quantize = named_sequential(embedding=nn.Embedding(c.codes, c.latent))
         self.quant_conv, self.post_quant_conv = nn.Conv2d(c.latent, c.latent, 1), nn.Conv2d(c.latent, c.latent, 1)
 
     def encode(self, x):
@@ -287,12 +275,12 @@ def diffusers_vq_name(key, levels):
     return key
 
 
-def compvis_names(both):
+def compvis_names(bundle):
     """{our name: (name in CompVis's state dict,)} of what `build` gave, with the raw weights of the UNet."""
-    names = {f"autoencoder.{key}": (f"first_stage_model.{key}",) for key in both.autoencoder.state_dict()}
-    for key, (theirs,) in unet_names(both.unet, compvis_places(both.unet), COMPVIS).items():
+    names = {f"autoencoder.{key}": (f"first_stage_model.{key}",) for key in bundle.autoencoder.state_dict()}
+    for key, (theirs,) in unet_names(bundle.unet, compvis_places(bundle.unet), COMPVIS).items():
         names[f"unet.{key}"] = (f"model.diffusion_model.{theirs}",)
-    if both.unet.label is not None:
+    if bundle.unet.label is not None:
         names["unet.label.weight"] = ("cond_stage_model.embedding.weight",)
     return names
 
@@ -302,14 +290,14 @@ def ema_name(key):
     return "model_ema." + key.removeprefix("model.").replace(".", "")
 
 
-def diffusers_names(both):
+def diffusers_names(bundle):
     """{our name: (folder.name, …)} in diffusers' layout; the class embedding lies in a folder of our own choice."""
-    levels = len(both.autoencoder.config.mult)
+    levels = len(bundle.autoencoder.config.mult)
     names = {f"autoencoder.{key}": (f"vqvae.{diffusers_vq_name(key, levels)}",)
-             for key in both.autoencoder.state_dict()}
-    for key, theirs in unet_names(both.unet, diffusers_places(both.unet), DIFFUSERS).items():
+             for key in bundle.autoencoder.state_dict()}
+    for key, theirs in unet_names(bundle.unet, diffusers_places(bundle.unet), DIFFUSERS).items():
         names[f"unet.{key}"] = tuple(f"unet.{name}" for name in theirs)
-    if both.unet.label is not None:
+    if bundle.unet.label is not None:
         names["unet.label.weight"] = ("class_embedder.embedding.weight",)
     return names
 
@@ -327,16 +315,16 @@ def split_heads(qkv, heads):
     return [p.flatten(0, 1) for p in qkv.unflatten(0, (heads, 3, -1)).unbind(1)]
 
 
-def heads_of(both, key):
-    return both.get_submodule(key.rpartition(".")[0].removesuffix(".qkv")).heads
+def heads_of(bundle, key):
+    return bundle.get_submodule(key.rpartition(".")[0].removesuffix(".qkv")).heads
 
 
-def fill(both, names, tensors, what):
+def load_tensors(bundle, names, tensors, what):
     """Give the weights of `build` memory, and the values of a file: names {our name: their names}, tensors by theirs.
 
     Ones at the end of a shape don't count: LDM's 1x1 convolutions are our linear layers. Raises CheckpointError.
     """
-    weights = both.state_dict()
+    weights = bundle.state_dict()
     missing = [name for theirs in names.values() for name in theirs if not torch.is_tensor(tensors.get(name))]
     if missing:
         raise CheckpointError(f"error: {what}: {missing[0]} is missing{and_more(missing)}")
@@ -346,11 +334,11 @@ def fill(both, names, tensors, what):
             found = list(tensors[name].shape)
             if found != shape + [1] * (len(found) - len(shape)):
                 raise CheckpointError(f"error: {what}: {name} has the shape {found}, not {shape}")
-    weights = both.to_empty(device="cpu").state_dict()
+    weights = bundle.to_empty(device="cpu").state_dict()
     for key, theirs in names.items():                         # one by one: a mapped file is never in memory as a whole
         parts = [tensors[name].reshape(-1, *weights[key].shape[1:]) for name in theirs]
-        weights[key].copy_(parts[0] if len(parts) == 1 else merge_heads(parts, heads_of(both, key)))
-    return both.requires_grad_(False).eval()
+        weights[key].copy_(parts[0] if len(parts) == 1 else merge_heads(parts, heads_of(bundle, key)))
+    return bundle.requires_grad_(False).eval()
 
 
 def refuse_surplus(tensors, known, what):
@@ -373,7 +361,7 @@ IGNORED = re.compile(
     r"posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|model_ema\.(decay|num_updates)|ddim_\w+|(first_stage_model\.)?loss\..*")
 
 
-class Inert(type):
+class StubClass(type):
     """Type of the stand-ins for classes that a file names: it may make instances, which are empty, but call nothing."""
 
     def __new__(mcs, name):
@@ -395,7 +383,7 @@ def read_file(path):
     """
     try:
         unknown = get_unsafe_globals_in_checkpoint(path)
-        with safe_globals([(Inert(name), name) for name in unknown]):
+        with safe_globals([(StubClass(name), name) for name in unknown]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as e:
         reason = str(e.__context__ or e).splitlines()[0][:120]
@@ -405,9 +393,9 @@ def read_file(path):
         raise CheckpointError(f"error: {path} is no readable checkpoint ({str(e).splitlines()[0][:120]})") from None
 
 
-def fill_from_file(both, tensors, ema, what):
+def fill_from_file(bundle, tensors, ema, what):
     """The weights of a CompVis state dict: the UNet's averaged ones if wanted and there, else the raw ones."""
-    raw = compvis_names(both)
+    raw = compvis_names(bundle)
     averaged = {key: (ema_name(name),) if key.startswith("unet.") and "label" not in key else (name,)
                 for key, (name,) in raw.items()}
     known = {name for names in (raw, averaged) for theirs in names.values() for name in theirs}
@@ -417,7 +405,7 @@ def fill_from_file(both, tensors, ema, what):
     if table is not None and (table.shape != own.shape or not torch.allclose(table.double(), own, rtol=0, atol=1e-6)):
         raise CheckpointError(f"error: {what}: its alphas_cumprod is another noise schedule than LDM's")
     has_average = any(name.startswith("model_ema.") for name in tensors)
-    return fill(both, averaged if ema and has_average else raw, tensors, what)
+    return load_tensors(bundle, averaged if ema and has_average else raw, tensors, what)
 
 
 # ---- folders in diffusers' layout --------------------------------------------------------------------------
@@ -535,14 +523,14 @@ def export(net, state, folder):
     folder, package = Path(folder), safetensors()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"error: {folder} exists; choose another --export")
-    both = nn.ModuleDict(dict(unet=net, autoencoder=autoencoder_of(state)))
-    weights, parts = both.state_dict(), {}
-    for key, theirs in diffusers_names(both).items():
-        values = split_heads(weights[key], heads_of(both, key)) if len(theirs) > 1 else [weights[key]]
+    bundle = nn.ModuleDict(dict(unet=net, autoencoder=autoencoder_of(state)))
+    weights, parts = bundle.state_dict(), {}
+    for key, theirs in diffusers_names(bundle).items():
+        values = split_heads(weights[key], heads_of(bundle, key)) if len(theirs) > 1 else [weights[key]]
         for name, value in zip(theirs, values, strict=True):
             part, _, name = name.partition(".")
             parts.setdefault(part, {})[name] = value.cpu().contiguous()
-    configs = diffusers_configs(net.config, both.autoencoder.config, state["shape"][1])
+    configs = diffusers_configs(net.config, bundle.autoencoder.config, state["shape"][1])
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     try:
@@ -571,7 +559,7 @@ def export(net, state, folder):
 
 
 def load_model(path, device="cpu", ema=True, name=None, size=None):
-    """The network of any checkpoint, ready to sample, and its state: `model.load_model`, and LDM's own files too.
+    """The network of any checkpoint, ready to sample, and its state: `checkpoint.load_model`, and LDM's own files too.
 
     path   a checkpoint of ours, a model.ckpt of CompVis's, or a folder in diffusers' layout
     ema    the averaged weights where there are any; False: the weights themselves
@@ -597,7 +585,7 @@ def load_model(path, device="cpu", ema=True, name=None, size=None):
 
 
 def _is_foreign(path):
-    """Is this file or folder of another layout than `model.save_checkpoint`'s?"""
+    """Is this file or folder of another layout than `checkpoint.save_checkpoint`'s?"""
     if not path.is_file():
         return path.is_dir()
     state = read_file(path)
@@ -605,7 +593,7 @@ def _is_foreign(path):
 
 
 def _load_foreign(path, device, ema, name, size):
-    both, c = build(name), MODELS[name]
+    bundle, c = build(name), MODELS[name]
     step = c.autoencoder.factor * 2 ** (len(c.unet.mult) - 1)
     if size != c.size and c.unet.classes:
         raise CheckpointError(f"error: --size {size}: {name} draws {c.size} pixels and nothing else")
@@ -613,16 +601,16 @@ def _load_foreign(path, device, ema, name, size):
         raise CheckpointError(f"error: --size {size} must be a multiple of {step} for {name}")
     what = f"{path} is not LDM's {name}"
     if path.is_dir():
-        names, tensors = diffusers_names(both), read_folder(path)
+        names, tensors = diffusers_names(bundle), read_folder(path)
         check_folder(path, diffusers_configs(c.unet, c.autoencoder, size // c.autoencoder.factor), what)
         refuse_surplus(tensors, {n for theirs in names.values() for n in theirs}, what)
-        fill(both, names, tensors, what)
+        load_tensors(bundle, names, tensors, what)
     else:
-        fill_from_file(both, read_file(path)["state_dict"], ema, what)
+        fill_from_file(bundle, read_file(path)["state_dict"], ema, what)
     side = size // c.autoencoder.factor
-    state = DIFFUSION | dict(config=config_dict(c.unet), shape=[c.autoencoder.latent, side, side], classes=[], ldm=name,
-                             autoencoder=both.autoencoder.state_dict(), history=[dict(how=f"LDM's {name}")])
-    return both.unet.to(device, memory_format=memory_format(device)), state
+    state = DIFFUSION | dict(config=asdict(c.unet), shape=[c.autoencoder.latent, side, side], classes=[], ldm=name,
+                             autoencoder=bundle.autoencoder.state_dict(), history=[dict(how=f"LDM's {name}")])
+    return bundle.unet.to(device, memory_format=memory_format(device)), state
 
 
 def ldm_flag(p):
@@ -658,7 +646,7 @@ class Latents(Images):
             digest.update(value.numpy().tobytes())
         path = self.folder / f"latents-{digest.hexdigest()[:12]}.f16"
         shape = (len(self), 2, *state["shape"])
-        if not made(path):
+        if not wait_for_first_rank(path):
             with locked(self.folder):
                 if not path.exists():                         # another run may just have made it
                     self._encode(autoencoder_of(state, device), path, shape, device, dtype)
@@ -675,7 +663,7 @@ class Latents(Images):
                 done = f.tell() // one
                 f.truncate(done * one)                        # what was cut off in the middle is encoded again
                 check_space(self.folder, (shape[0] - done) * one, "encoding the data")
-                with tqdm(total=shape[0], initial=done, desc="encoding", unit="img", dynamic_ncols=True) as bar:
+                with progress(total=shape[0], initial=done, desc="encoding", unit="img") as bar:
                     for start in range(done, shape[0], AT_A_TIME):
                         index = np.arange(start, min(start + AT_A_TIME, shape[0]))
                         pairs = [net.encode(super(Latents, self).read(index, np.full(len(index), mirrored)).to(device))

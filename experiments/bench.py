@@ -1,7 +1,7 @@
 """Measure how fast everything is, side by side: training, distillation, sampling, features for FID, reading data.
 
     python experiments/bench.py                                                    # small32 at 32x32 on this machine
-    python experiments/bench.py train distill --model unet64 --size 64 --batch 8   # some of it, for the presets' network
+    python experiments/bench.py train distill --model unet64 --size 64 --batch 8   # some of it, a larger network
     python experiments/bench.py --model unet64 --batch 128 --compile default       # on a GPU: eager and compiled
     python experiments/bench.py distill --model imagenet256 --batch 8 --methods dsdi    # LDM's, guided, on latents
     python experiments/bench.py train --profile                                    # where the time of an update goes
@@ -367,8 +367,9 @@ def main(argv=None):
         text += ["", table(title, rows)]
         log_stderr(f"\n{text[-1]}")
     settings = {k: str(v) if k == "device" else v for k, v in vars(args).items()}
-    command = f"`python experiments/bench.py {' '.join(argv if argv is not None else sys.argv[1:])}`: {args.model} at " \
-              f"{args.size}x{args.size}; medians; {machine(args)}"
+    given = " ".join(argv if argv is not None else sys.argv[1:])
+    command = (f"`python experiments/bench.py {given}`: {args.model} at {args.size}x{args.size}; medians; "
+               f"{machine(args)}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "bench.md").write_text("\n".join([command, *text, ""]))

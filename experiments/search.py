@@ -20,7 +20,7 @@ from lab import distilled
 
 from checkpoint import load_model
 from data import load_data, to_tensor
-from fid import Moments, frechet_distance
+from fid import frechet_distance
 from plans import METHODS
 from runtime import pick_device, pick_dtype
 from sample import Sampler
@@ -57,10 +57,9 @@ class Features(nn.Module):
 
 
 def statistics(features, batches):
-    moments = Moments()
-    for x in batches:
-        moments.update(features(x))
-    return moments.result()
+    """Mean and covariance of the features of batches of images."""
+    x = torch.cat([features(x) for x in batches]).double()
+    return x.mean(0), x.T.cov()
 
 
 def main():

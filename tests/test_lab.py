@@ -1,16 +1,12 @@
 """Every method in the laboratory of lab.py, against the exact distribution: the oracle for changes to the loop."""
 
-import sys
 
+import lab
 import pytest
 import torch
-from conftest import ROOT
 from torch.testing import assert_close
 
 from plans import METHODS
-
-sys.path.insert(0, str(ROOT / "experiments"))
-import lab
 
 TWO, FOUR, EIGHT = (lab.STEPS.index(s) for s in (2, 4, 8))
 

@@ -54,7 +54,8 @@ def test_a_handful_of_images_is_learnt(tmp_path):
         (tmp_path / "data").mkdir(exist_ok=True)
         Image.fromarray(np.broadcast_to(c, (8, 8, 3)).copy()).save(tmp_path / "data" / f"{i}.png")
     train.main([*SMALL_RUN, "--data", str(tmp_path / "data"), "--cache", str(tmp_path / "c"),
-                "--out", str(tmp_path / "out"), "--batch", "32", "--updates", "200", "--lr", "3e-3", "--distill", "0.15",
+                "--out", str(tmp_path / "out"),
+                "--batch", "32", "--updates", "200", "--lr", "3e-3", "--distill", "0.15",
                 "--save-every", "1000", "--log-every", "50", "--dtype", "fp32"])
     net, state = load_model(tmp_path / "out" / "ckpt.pt")
     x = ddim_sample(Denoiser.of(net, state), start_noise(0, range(40), state["shape"]), 16).mean((2, 3))      # (40, 3)
