@@ -44,11 +44,11 @@ def gradients(method, accumulate=1):
         net = UNet(UNetConfig(**TINY))
         for p in net.parameters():
             p.data += 0.1 * torch.randn_like(p)
+        x, y = torch.randn(8, 3, 8, 8), torch.arange(8) % 3   # before a Trainer seeds each rank apart, for dropout
         flags = ["--updates", "9"] if method == "train" else ["--schedule", method, "--steps", "8", "--updates", "12"]
         args = (train if method == "train" else distill).parse_args(flags)
         vars(args).update(batch=8, accumulate=accumulate, dtype="fp32", clip=1e9, lr=1e-9, out=None)
         trainer = FourUpdates(args, net, device, dict(schedule="cosine", predicts="v", shape=[3, 8, 8]))
-        x, y = torch.randn(8, 3, 8, 8), torch.arange(8) % 3
         stream = iter(lambda: (local_rows(x), local_rows(y)), None)
         if method == "train":
             train.train(trainer, stream, b=0.15)
