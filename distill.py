@@ -68,7 +68,9 @@ def fine_tune(trainer, plan):
     a, net, classes = trainer.args, trainer.net, trainer.net.config.classes
     xhat, schedule = trainer.denoiser(), trainer.schedule     # x̂_θ
     teacher = trainer.second_net("teacher") if METHODS[a.schedule].teacher else None
-    average = trainer.ema if a.target_ema == a.ema else trainer.second_net("target") if a.target_ema else None
+    average = None
+    if a.target_ema:                                          # the average for sampling serves if it is the very same
+        average = trainer.ema if a.target_ema == a.ema else trainer.second_net("target")
     first = trainer.denoiser(teacher) if teacher else None    # x̂_η
     second = first or (trainer.denoiser(average) if average else xhat)
     z, y, w = (trainer.carried.get(name) for name in ("z", "y", "w"))

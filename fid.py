@@ -374,7 +374,7 @@ def evaluate(args, path, features, device):
     trained = state.get("args", {})
     images = load_data(args.data or trained.get("data"), image_size(state), trained.get("crop"), args.cache)
     model = dict(hash=model_hash(path), weights="raw" if args.raw else "ema", dtype=sampler.dtype)
-    results = []
+    reference, results = [], []                               # read, or computed, for the first score that is not known
     for steps in args.steps:
         key = dict(model, version=VERSION, steps=steps, n=args.n, seed=args.seed, guidance=args.guidance,
                    features=features.id, reference=images.folder.name)          # not the path: it may have moved
@@ -387,11 +387,11 @@ def evaluate(args, path, features, device):
         if result:
             log_stderr(f"{path} at {steps} steps: known from {cache}")
         else:
-            real = packed_statistics(images, features, args.batch)
+            reference = reference or [packed_statistics(images, features, args.batch)]
             fake = sampled_statistics(sampler, steps, args.n, features, model, args.batch)
             if rank():
                 continue
-            result = compare(real, fake)
+            result = compare(reference[0], fake)
             try:
                 with whole_file(cache) as tmp:
                     tmp.write_text(json.dumps(result, indent=1))

@@ -8,14 +8,14 @@ from pathlib import Path
 from checkpoint import load_checkpoint
 
 
-def at_least(low, kind=int):
-    """A type for argparse: numbers from `low` on."""
+def at_least(low):
+    """A type for argparse: whole numbers from `low` on."""
     def parse(text):
-        value = kind(text)
-        if not low <= value < math.inf:
+        value = int(text)
+        if value < low:
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low} on")
         return value
-    parse.__name__ = kind.__name__
+    parse.__name__ = "int"                                    # as argparse names it in its messages
     return parse
 
 

@@ -93,7 +93,7 @@ def scorer(args, images, device, steps):
             fake = sampled_statistics(sampler_of(trainer), s, args.fid_samples, features,
                                       dict(weights="ema", dtype=args.dtype))
             if rank() == 0:                                   # the others have drawn their share
-                card = compare(real, fake)
-                yield card["scores"] | {k: card[k] for k in ("features", "real", "fake")}
+                result = compare(real, fake)
+                yield result["scores"] | {k: result[k] for k in ("features", "real", "fake")}
 
     return score

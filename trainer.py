@@ -29,6 +29,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import load_checkpoint, save_checkpoint
+from data import whole_file
 from ddim import SCHEDULES, Denoiser
 from runtime import all_gather, autocast, local_rows, memory_format, progress, rank, ranks, sum_over_ranks
 
@@ -135,7 +136,8 @@ class Trainer:
         a, since, stop = self.args, time.perf_counter(), False
         due = lambda n: n and (self.step % n == 0 or self.step == a.updates)  # noqa: E731
         log_file = os.devnull if rank() or not self.out else self.out / "log.jsonl"
-        with (disk_errors(self), catch_signals() as stopped, open(log_file, "a") as log,
+        signals = catch_signals() if self.out else contextlib.nullcontext(())    # without files nothing can be saved
+        with (disk_errors(self), signals as stopped, open(log_file, "a") as log,
               progress(total=a.updates, initial=self.step, unit="update") as bar):
             while self.step < a.updates and not stop:
                 lr = learning_rate(a, self.step)
@@ -336,7 +338,7 @@ def prepare_out(args, state):
             f.unlink()
         if log.exists():
             whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            log.with_name("log.tmp").write_text("".join(s for s in whole if json.loads(s)["step"] <= state["step"]))
-            os.replace(log.with_name("log.tmp"), log)
+            with whole_file(log) as tmp:
+                tmp.write_text("".join(line for line in whole if json.loads(line)["step"] <= state["step"]))
     except OSError as e:
         sys.exit(f"error: can't write to {out} ({e.strerror})")

@@ -2,20 +2,18 @@
 
     python experiments/curve.py --ckpt out/celeba32/ckpt.pt --data celeba-10k.zip    # writes docs/curve.png; 40 minutes
 
-Two runs of distill.py without its drift alarm, scored every 32 updates (rFID, 192 samples): dsdi, and dsdgl with
-an average of the weights as the target. A run that was stopped goes on.
+Three runs of distill.py without its drift alarm, scored every 32 updates (rFID, 192 samples): dsdi at two rates, and
+dsdgl with an average of the weights as the target. A run that was stopped goes on.
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from methods import distil_to_the_end
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import distill
 
 RUNS = {
     "dsdi, 3e-5": ["--schedule", "dsdi", "--lr", "3e-5"],
@@ -36,15 +34,10 @@ def main(argv=None):
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
     for number, (name, flags) in enumerate(RUNS.items()):
         out = Path("out/curve") / str(number)
-        state = ["--resume"] if (out / "ckpt.pt").exists() else [
+        distil_to_the_end(out, [
             *flags, "--ckpt", args.ckpt, "--updates", str(args.updates), "--drift", "0", "--save-every",
             str(args.every), "--fid-every", str(args.every), "--fid-samples", str(args.n), "--weights", "random",
-            *(["--data", args.data] if args.data else [])]
-        try:
-            distill.main([*state, "--out", str(out)])
-        except SystemExit as e:
-            if "is finished" not in str(e.code):
-                raise
+            *(["--data", args.data] if args.data else [])])
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         scores = [e for e in log if e.get("fake", {}).get("steps") == 8]
         for axis, key in zip(axes, ("rFID (random features)", "contrast"), strict=True):

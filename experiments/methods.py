@@ -22,6 +22,15 @@ RUNS = {name: ["--schedule", name] for name in METHODS} | {
 }
 
 
+def distil_to_the_end(out, flags):
+    """A run of distill.py into `out`: from its start, or from where it stopped; nothing if it is finished."""
+    try:
+        distill.main([*(["--resume"] if (out / "ckpt.pt").exists() else [*flags, "--overwrite"]), "--out", str(out)])
+    except SystemExit as e:
+        if "is finished" not in str(e.code):
+            raise
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", default="out/train/ckpt.pt", help="the model to distil (default: out/train/ckpt.pt)")
@@ -36,10 +45,8 @@ def main(argv=None):
     ckpts = [args.ckpt]
     for name in args.runs:
         ckpts.append(str(out / name / "ckpt.pt"))
-        if not Path(ckpts[-1]).exists():
-            reads = data if name == "pd" else []
-            distill.main([*RUNS[name], "--ckpt", args.ckpt, "--seed", str(args.seed), *reads,
-                          "--out", str(out / name), "--overwrite", "--save-every", "1000000"])     # whole, or not there
+        reads = data if name == "pd" else []
+        distil_to_the_end(out / name, [*RUNS[name], "--ckpt", args.ckpt, "--seed", str(args.seed), *reads])
     sample.main(["--ckpt", *ckpts, "--steps", "2", "4", "8", "--out", str(out / "grid.png")])
     fid.main(["--weights", "random", "-n", str(args.n), *data, "--steps", *map(str, args.steps), "--ckpt", *ckpts,
               "--out", str(out)])

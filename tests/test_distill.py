@@ -263,9 +263,12 @@ def test_target_ema_is_a_running_average(decay):
     assert set(trainer.extra_state) == (set() if decay == 0.9 else {"target"})
 
 
-def test_plain_dsd_holds_no_second_set_of_weights():
-    trainer, steps = a_run(tiny_net().float())
+@pytest.mark.parametrize("ema", [0.9, 0.0])
+def test_plain_dsd_holds_no_second_set_of_weights(ema):
+    trainer, steps = a_run(tiny_net().float(), ema=ema)
+    calls = Calls().watch(trainer.net, trainer.ema)
     distill.fine_tune(trainer, steps)
+    assert {net for net, *_ in calls} == {trainer.net}
     assert trainer.extra_state == {} and set(trainer.carried) == {"z", "ends"}
 
 

@@ -309,6 +309,23 @@ def test_contrast_and_size_are_those_of_all_images(tiny):
     assert stats.provenance == dict(images=8, size="mixed", splits="10, shuffled", contrast=round(pixels.std(), 4))
 
 
+@pytest.mark.parametrize("shape", [(4, 8, 3), (8, 4, 3)])
+def test_images_that_differ_in_one_side_are_mixed(tiny, shape):
+    images = [*pictures(3, shape=(8, 8, 3)), *pictures(3, shape=shape)]
+    stats = fid.statistics_of_batches(fid.own_batches(images, 2), 6, tiny, {}, "images")
+    assert stats.provenance["size"] == "mixed"
+
+
+def test_ranks_take_batches_in_turn_and_leave_none_out(monkeypatch):
+    monkeypatch.setattr(fid, "ranks", lambda: 3)
+    taken = []
+    for number in range(3):
+        monkeypatch.setattr(fid, "rank", lambda number=number: number)
+        taken.append(list(fid.own_batches(range(14), 2)))
+    assert [[start for start, _ in own] for own in taken] == [[0, 6, 12], [2, 8], [4, 10]]
+    assert all(items == list(range(start, start + 2)) for own in taken for start, items in own)
+
+
 def test_what_makes_no_statistics_is_refused(tiny):
     with pytest.raises(SystemExit, match="few: a covariance needs at least two images"):
         fid.statistics_of_batches(fid.own_batches(pictures(1), 2), 1, tiny, {}, "few")
