@@ -7,6 +7,7 @@ A state has at least: config, weights and ema (state dicts), schedule, predicts 
 sample.py need them. What a run adds to go on exactly: see trainer.py. LDM's own files: see ldm.py.
 """
 
+import contextlib
 import hashlib
 import os
 from dataclasses import fields
@@ -17,28 +18,37 @@ import torch
 from model import UNet, UNetConfig
 from runtime import memory_format
 
-
 class CheckpointError(SystemExit):
     """A checkpoint that can't be used. A SystemExit: uncaught, its one-line message is all the user sees."""
 
+class WriteError(SystemExit):
+    """A file that can't be written, as on a full disk. A SystemExit as well."""
 
-def save_checkpoint(path, state):
-    """Write a dict of tensors and plain values, so that `path` always holds a whole file, old or new.
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields a path to write a file to, which then takes the place of `path`: nobody ever finds half a file there.
 
-    Raises CheckpointError when the disk is full or the folder can't be written.
+    Raises WriteError.
     """
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
     try:
-        with open(tmp, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())    # on the disk before the name is, or a power cut could leave an empty file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield tmp
         os.replace(tmp, path)
-    except OSError as e:
-        tmp.unlink(missing_ok=True)
-        raise CheckpointError(f"error: can't write {path} ({e.strerror or e}); the old one is untouched") from None
+    except (OSError, RuntimeError) as e:                      # the latter is what torch's zip writer raises
+        why = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise WriteError(f"error: can't write {path} ({why}); what was there before is untouched") from None
+    finally:
+        with contextlib.suppress(OSError):
+            tmp.unlink()
 
+def save_checkpoint(path, state):
+    """Write a dict of tensors and plain values, so that `path` always holds a whole file, old or new."""
+    with whole_file(path) as tmp, open(tmp, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())        # on the disk before the name is, or a power cut could leave an empty file
 
 def load_checkpoint(path):
     """Read what `save_checkpoint` wrote, on the CPU, without running code from the file. Raises CheckpointError.
@@ -56,7 +66,6 @@ def load_checkpoint(path):
         raise CheckpointError(f"error: {path} is not a checkpoint of this project")
     return state
 
-
 def load_model(path, device="cpu", ema=True):
     """The network of a checkpoint, ready to sample: (net, state). `ema=False`: the weights, not their average."""
     state = load_checkpoint(path)
@@ -71,7 +80,6 @@ def load_model(path, device="cpu", ema=True):
         first = str(e).splitlines()[1].strip()
         raise CheckpointError(f"error: {path}: its weights do not fit its own config ({first})") from None
     return net.to(device, memory_format=memory_format(device)).eval().requires_grad_(False), state
-
 
 def file_hash(path, digits=16):
     """The first digits of a file's SHA-256: which checkpoint an image or a score came from."""

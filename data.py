@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from checkpoint import whole_file
 from pictures import BuiltIn
 from runtime import log_stderr, progress
 
@@ -33,16 +34,13 @@ VERSION = 1     # of the packing: a change to what is drawn or how it is resized
 CHUNK = 1024    # images packed between two entries of the journal
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
-
 class DataError(SystemExit):
     """Data that can't be used. A SystemExit: uncaught, its one-line message is all the user sees."""
-
 
 # ---- sources, and decoding what they yield -------------------------------------------------------------
 # Each has a name, a fingerprint that changes with its contents, a count, that many labels (class indices, or
 # -1 where there are none), and the names of its classes. items(start, size) yields (name, read, label) from
 # item `start` on; read() gives encoded bytes, or pixels of that size.
-
 
 class Files:
     """Image files in a folder or a zip. Sub-folders name classes, if every image lies in one and there are several."""
@@ -84,7 +82,6 @@ class Files:
         for name, label in zip(self.names[start:], self.labels[start:], strict=True):
             yield name, partial(self.read, name), label
 
-
 def _labels(names):
     """Class indices and class names from relative paths: the first folder, below any folder that all have in common."""
     folders = [n.split("/")[:-1] for n in names]
@@ -94,7 +91,6 @@ def _labels(names):
     if len(classes) < 2 or not classes[0]:
         return [-1] * len(names), []
     return labels.tolist(), classes.tolist()
-
 
 class LSUN:
     """An LSUN category as distributed: an LMDB folder of encoded images, e.g. church_outdoor_train_lmdb."""
@@ -123,7 +119,6 @@ class LSUN:
         except self.error as e:
             raise DataError(f"error: {self.path} can't be read to its end ({e})") from None
 
-
 def open_source(path):
     """The source behind `--data`: None for the built-in pictures, a folder, a zip, or an LMDB folder."""
     if path is None:
@@ -136,7 +131,6 @@ def open_source(path):
         raise DataError(f"error: no images in {path} or its sub-folders (looked for {' '.join(sorted(SUFFIXES))})")
     return source
 
-
 def to_rgb(image):
     """Any PIL image as RGB: palettes and greyscale expanded, transparency laid on white, 16-bit scaled to 8."""
     if image.mode.startswith("I"):                            # 16-bit greyscale, which PIL would clip at 255
@@ -146,14 +140,12 @@ def to_rgb(image):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-
 def centre_square(width, height, crop=None):
     """The centred square (left, top, right, bottom) in pixels. crop: its side, or if <= 1 a share of the shorter."""
     crop, side = crop or 1, min(width, height)
     side = min(side, round(side * crop) if crop <= 1 else round(crop))
     left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side
-
 
 def decode(source, size, crop=None):
     """Encoded bytes, or a (H, W, 3) array, to (size, size, 3) uint8. Raises what PIL raises on a broken file."""
@@ -164,15 +156,11 @@ def decode(source, size, crop=None):
     # PIL's bicubic widens its support when it shrinks: unlike torch's default, it does not alias.
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=centre_square(*image.size, crop)))
 
-
 # ---- the packed cache -----------------------------------------------------------------------------------
-
-
 def default_cache():
     """Where packed data lives unless told otherwise: $DSD_CACHE, or the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("DSD_CACHE") or Path(base, "dsd"))
-
 
 def load_data(path=None, size=32, crop=None, cache=None):
     """Open a data set, packing it first if there is no valid cache. Returns an `Images`; raises DataError.
@@ -189,16 +177,10 @@ def load_data(path=None, size=32, crop=None, cache=None):
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(cache or default_cache()).expanduser() / f"{source.name}-{size}-{key}"
     if not wait_for_first_rank(folder / "meta.json"):
-        try:
-            with locked(folder):
-                if not (folder / "meta.json").exists():       # another run may just have made it
-                    _pack(source, folder, size, crop)
-        except OSError as e:
-            raise DataError(f"error: can't write {folder} ({e.strerror or e}); --cache names another folder") from None
-        except KeyboardInterrupt:
-            raise DataError(f"stopped packing {source.name}; the same command goes on from there") from None
+        with locked(folder, f"packing {source.name}"):
+            if not (folder / "meta.json").exists():           # another run may just have made it
+                _pack(source, folder, size, crop)
     return Images(folder)
-
 
 def _pack(source, folder, size, crop):
     """Fill `folder`: images.u8 (raw pixels, N x H x W x 3), labels.npy, and last meta.json, which makes it valid.
@@ -245,24 +227,29 @@ def _pack(source, folder, size, crop):
         tmp.write_text(json.dumps(meta))
     journal.unlink()
 
-
 def wait_for_first_rank(path, good=Path.exists):
     """Whether a file of the cache is there. Of torchrun's processes on a machine the first makes it, others wait."""
     while not (there := good(path)) and int(os.environ.get("LOCAL_RANK", 0)) > 0:
         time.sleep(0.2)
     return there
 
-
 @contextlib.contextmanager
-def locked(folder):
-    """Hold the lock of a folder in the cache: what two runs would write at once, one writes and the other waits for."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        with contextlib.suppress(ImportError):                # Windows: two runs must not pack the same data at once
-            import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def locked(folder, work):
+    """Hold the lock of a folder in the cache: what two runs would write at once, one writes and the other waits for.
 
+    work  what is done there, in words: Ctrl-C and a full disk become a DataError that tells it
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            with contextlib.suppress(ImportError):            # Windows: two runs must not pack the same data at once
+                import fcntl
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as e:
+        raise DataError(f"error: can't write {folder} ({e.strerror or e}); --cache names another folder") from None
+    except KeyboardInterrupt:
+        raise DataError(f"stopped {work}; the same command goes on from there") from None
 
 def check_space(folder, need, what):
     """Raise DataError if a folder has less than `need` bytes left."""
@@ -271,20 +258,7 @@ def check_space(folder, need, what):
         raise DataError(f"error: {what} needs {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f}; "
                         f"--cache names another folder")
 
-
-@contextlib.contextmanager
-def whole_file(path):
-    """Yields a path to write a file to, which then takes the place of `path`: nobody ever finds half a file there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
-    yield tmp
-    os.replace(tmp, path)
-
-
 # ---- the packed images ----------------------------------------------------------------------------------
-
-
 class Images:
     """A packed data set, mapped into memory. Raises DataError if its file of pixels is damaged.
 
@@ -323,12 +297,10 @@ class Images:
         pixels[mirrored] = pixels[mirrored, :, ::-1]
         return to_tensor(pixels)
 
-
 @lru_cache(maxsize=2)                                         # a batch may run across the end of an epoch
 def _epoch(n, seed, epoch):
     """The order in which an epoch shows n images."""
     return np.random.default_rng([seed, 0, epoch]).permutation(n)
-
 
 def to_tensor(pixels):
     """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in [-1, 1].
@@ -338,11 +310,9 @@ def to_tensor(pixels):
     """
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1)
 
-
 def to_pixels(x):
     """(N, 3, H, W) in [-1, 1] to (N, H, W, 3) uint8, clipped and rounded."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
 
 def save_grid(x, path, columns, labels=()):
     """Write images (N, 3, H, W) in [-1, 1] as one PNG, row by row; small ones enlarged, so that one can see them.

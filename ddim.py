@@ -18,8 +18,6 @@ import numpy as np
 import torch
 
 # ---- noise schedules ----------------------------------------------------------------------------
-
-
 class Schedule:
     """α_t and σ_t for t in [0, 1], and the times at which N DDIM steps look at the network.
 
@@ -50,7 +48,6 @@ class Schedule:
             raise ValueError(f"steps must be at least 1, got {steps}")
         return [i / steps for i in range(steps, -1, -1)]
 
-
 class Cosine(Schedule):
     """α_t = cos(π t / 2): the continuous schedule of our own v-prediction models (Salimans & Ho 2022)."""
 
@@ -59,7 +56,6 @@ class Cosine(Schedule):
 
     def sigma(self, t):                                       # exact near t = 0, where √(1 − cos²) loses digits
         return torch.sin(math.pi / 2 * t)
-
 
 class LDMDiscrete(Schedule):
     """The 1000 discrete steps of the LDM checkpoints: time t is step round(1000 t), at most 999.
@@ -90,16 +86,12 @@ class LDMDiscrete(Schedule):
             return super().times(steps)
         return [(i - 1) / steps + 1 / self.length for i in range(steps, 0, -1)] + [0.0]
 
-
 SCHEDULES = {"cosine": Cosine, "ldm": LDMDiscrete}
 
 # w(λ_t) of Algorithms 1 and 2 by name. snr: the truncated signal-to-noise ratio (section 4.1; Salimans & Ho 2022).
 WEIGHTS = {"snr": lambda log_snr: log_snr.exp().clamp(min=1), "none": torch.ones_like}
 
-
 # ---- what the network predicts --------------------------------------------------------------------
-
-
 def to_x(kind, out, z, a, s):
     """The clean image that a network's output stands for. kind: "v" (= α ε − σ x), "eps" or "x"."""
     if kind == "v":
@@ -109,7 +101,6 @@ def to_x(kind, out, z, a, s):
     if kind != "x":
         raise ValueError(f"unknown prediction {kind!r}: v, eps or x")
     return out
-
 
 class Denoiser:
     """x̂_θ(z_t): a network together with its schedule and what it predicts.
@@ -147,10 +138,7 @@ class Denoiser:
         a, s = self.schedule(t)
         return to_x(self.kind, self.output(z, t, y, w), z, a, s)
 
-
 # ---- DDIM -------------------------------------------------------------------------------------------
-
-
 def ddim_step(schedule, z, x, t, t1):
     """One DDIM step z_t -> z_t', given the clean image x that was predicted at t (Algorithms 1 and 2).
 
@@ -160,7 +148,6 @@ def ddim_step(schedule, z, x, t, t1):
     r = s1 / s.clamp(min=1e-12)                               # at t = t' = 0 there is nothing to do: 0 / 0 counts as 0
     return a1 * x + r * (z - a * x)
 
-
 def ddim_inverse(schedule, z, z1, t, t1):
     """The x that a single step from z_t to z_t' must have used: `ddim_step` solved for x (Algorithms 1 and 2).
 
@@ -169,7 +156,6 @@ def ddim_inverse(schedule, z, z1, t, t1):
     (a, s), (a1, s1) = schedule(t), schedule(t1)
     r = s1 / s.clamp(min=1e-12)
     return (z1 - r * z) / (a1 - r * a)
-
 
 @torch.no_grad()
 def ddim_target(xhat, z, x1, t, t1, t2, target="ddim", **cond):
@@ -186,10 +172,7 @@ def ddim_target(xhat, z, x1, t, t1, t2, target="ddim", **cond):
     z2 = ddim_step(schedule, z1, x0, t1, t2)
     return x0 if target == "x0" else ddim_inverse(schedule, z, z2, t, t2), z2
 
-
 # ---- sampling -----------------------------------------------------------------------------------------
-
-
 def start_noise(seed, indices, shape):
     """Noise z_1 ~ N(0, I) to start images number `indices` from: (len(indices), *shape), float32, on the CPU.
 
@@ -197,7 +180,6 @@ def start_noise(seed, indices, shape):
     """
     draws = [np.random.default_rng([seed, i]).standard_normal(shape, dtype=np.float32) for i in indices]
     return torch.from_numpy(np.stack(draws))
-
 
 @torch.no_grad()
 def ddim_sample(xhat, z, steps, y=None, w=1.0):

@@ -29,8 +29,6 @@ from runtime import broadcast, describe_device, launch, pick_device, pick_dtype,
 from trainer import Trainer, batches, check_out, prepare_out, update_ema
 
 # ---- Algorithms 1 and 2 -----------------------------------------------------------------------------------
-
-
 def distillation_loss(xhat, z, t, t1, t2, y, w, second, first=None, target="ddim", weight="snr"):
     """The body of Algorithms 1 and 2: pull x' = x̂_θ(z_t) to the x'' of one big step t -> t'' that lands where two
     small ones t -> t' -> t'' do.
@@ -52,13 +50,11 @@ def distillation_loss(xhat, z, t, t1, t2, y, w, second, first=None, target="ddim
     weights = WEIGHTS[weight](xhat.schedule.log_snr(t))       # (B, 1, 1, 1)
     return (weights * (x1 - x2).square()).mean(), z2
 
-
 def guidance_weight(trainer):
     """One guidance weight w ~ U[low, high] for the whole batch (section 5): this rank's rows (B, 1, 1, 1)."""
     low, high = trainer.args.guidance
     w = low + (high - low) * torch.rand(1, 1, 1, 1, generator=trainer.random, device=trainer.device)
     return w.expand(trainer.args.batch // ranks(), 1, 1, 1)
-
 
 def fine_tune(trainer, plan):
     """Algorithm 2, fine-tuning DSD: a batch walks from noise to data, and the model learns from two steps at a time.
@@ -95,7 +91,6 @@ def fine_tune(trainer, plan):
             update_ema(average, net, a.target_ema)
         trainer.carried |= dict(z=z) | (dict(y=y, w=w) if classes else {}) | (dict(ends=z) if i == 2 else {})
 
-
 def progressive(trainer, plan, stream):
     """Algorithm 1, progressive distillation: a student of N/2 steps learns from its teacher's N on noised data.
 
@@ -121,9 +116,7 @@ def progressive(trainer, plan, stream):
             trainer.backward(loss)
         trainer.update()                                      # θ ← θ − γ ∇_θ L
 
-
 # ---- command line -----------------------------------------------------------------------------------------
-
 # For small models: the rates that a search (docs/results.md) found best for each method at these other settings.
 DEFAULTS = dict(updates=128, batch=32, warmup=12, betas=[0.9, 0.98], ema=0.98, log_every=8, sample_every=0,
                 save_every=64)
@@ -134,14 +127,12 @@ TABLE3 = dict(updates=4000, batch=8, lr=1e-6, warmup=100, betas=[0.9, 0.98], ema
               save_every=500)
 TABLE3_CLASSES = TABLE3 | dict(updates=5000, lr=1e-7, betas=[0.99, 0.999], ema=0.9995)
 
-
 def defaults(given):
     """What the flags of the optimiser and the run are unless given."""
     settings = dict(out=f"out/{given.schedule}")
     if given.ldm:
         return settings | (TABLE3_CLASSES if MODELS[given.ldm].unet.classes else TABLE3)
     return settings | DEFAULTS | dict(lr=RATES[given.schedule])
-
 
 def parse_args(argv=None):
     """Flags beat the settings of a resumed run, which beat the defaults."""
@@ -187,7 +178,6 @@ def parse_args(argv=None):
     check(p, args)
     return args
 
-
 def check(p, args):
     """Refuse values that can't work before anything is touched, and settle what depends on others."""
     method = METHODS[args.schedule]
@@ -209,9 +199,7 @@ def check(p, args):
     except ValueError as e:
         p.error(str(e))
 
-
 FROM_SOURCE = "schedule", "predicts", "shape", "classes", "ldm", "autoencoder"    # what a distilled model has of it
-
 
 def history(args, source):
     """What was done to a model, one dict for each run: training, distillation, distillation of that …"""
@@ -220,7 +208,6 @@ def history(args, source):
     keep = "updates", "batch", "steps", "lr", "lr_end", "target", "weight", "target_ema", "ema", "seed"
     now = dict(how=args.schedule, ckpt=str(args.ckpt), hash=model_hash(args.ckpt)) | {k: getattr(args, k) for k in keep}
     return [*source.get("history", [trained]), now]
-
 
 def check_source(args, net, source, images):
     """Exit if the model does not go with the flags: its defaults, its noise schedule, its classes."""
@@ -233,7 +220,6 @@ def check_source(args, net, source, images):
     if METHODS[args.schedule].data and net.config.classes and len(images.classes) != net.config.classes:
         sys.exit(f"error: the model has {net.config.classes} classes, but {args.data or 'the data'} has "
                  f"{len(images.classes)} (sub-folders name the classes)")
-
 
 def main(argv=None):
     args = parse_args(argv)
@@ -272,7 +258,6 @@ def main(argv=None):
     scores = f"--ldm {args.ldm} --data IMAGES " if args.ldm else ""
     print(f"done: {trainer.ckpt} and {trainer.out}/samples-{trainer.step:06d}.png; "
           f"scores: python fid.py {scores}--ckpt {args.ckpt} {trainer.ckpt}")
-
 
 if __name__ == "__main__":
     launch(main)

@@ -17,10 +17,8 @@ import argparse
 import hashlib
 import io
 import json
-import math
 import os
 import sys
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,7 +29,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import DataError, load_data, locked, open_source, to_pixels, whole_file
+from checkpoint import WriteError, whole_file
+from data import DataError, load_data, locked, open_source, to_pixels
 from flags import at_least, device_flags
 from inception import RANDOM, SHA256, load_features
 from ldm import image_size, ldm_flag, model_hash
@@ -42,8 +41,6 @@ VERSION = 2     # of all scores: a change to how they are computed, or stored, m
 KEPT = 5000     # features kept for KID, which sums do not determine: 41 MB, however many images there are
 
 # ---- statistics of many images ------------------------------------------------------------------------------
-
-
 @dataclass
 class Statistics:
     """What FID, Inception Score and KID need to know of a set of images, and what it was."""
@@ -56,14 +53,11 @@ class Statistics:
     kid_features: np.ndarray | None = None      # (<= KEPT, 2048) some of the features, for KID
 
     def save(self, path):
-        """Write an npz: `mu` and `sigma` as pytorch-fid reads them, and the rest beside them. Raises DataError."""
+        """Write an npz: `mu` and `sigma` as pytorch-fid reads them, and the rest beside them."""
         arrays = {k: v for k, v in vars(self).items() if isinstance(v, np.ndarray)}
         about = dict(version=VERSION, weights=self.weights, provenance=self.provenance, score=self.score)
-        try:
-            with whole_file(path) as tmp, open(tmp, "wb") as f:
-                np.savez(f, about=json.dumps(about), **arrays)
-        except OSError as e:
-            raise DataError(f"error: can't write {path} ({e.strerror or e})") from None
+        with whole_file(path) as tmp, open(tmp, "wb") as f:
+            np.savez(f, about=json.dumps(about), **arrays)
 
     @classmethod
     def load(cls, path):
@@ -79,7 +73,6 @@ class Statistics:
             raise DataError(f"error: {path}: mu {stats.mu.shape} and sigma {stats.sigma.shape} do not fit each other")
         return stats
 
-
 @contextmanager
 def reading(what, wrong):
     """Around what reads a file: a damaged one may raise a dozen things, and this a DataError instead of them."""
@@ -88,13 +81,12 @@ def reading(what, wrong):
     except Exception as e:
         raise DataError(f"error: {what} {wrong} ({type(e).__name__}: {' '.join(str(e).split())})") from None
 
-
-def statistics_of_batches(batches, n, features, provenance, desc, shuffle=False, splits=10):
+def statistics_of_batches(batches, n, features, provenance, desc, splits=10):
     """Statistics of n images that come in batches, with a progress bar: on rank 0; None on the others.
 
     batches   this rank's own, see `own_batches`: (number of the first image, images as `Features.__call__` takes them)
     desc      their name, for the bar and for errors
-    shuffle   before the Inception Score splits the images, as torch-fidelity; the original takes them in order
+    splits    of the images, in their order, for the Inception Score
 
     Of the images only sums are kept, so that memory does not grow with their number. The sums are float64, so that it
     hardly matters in which order, or on which rank, they were made: the scores agree to about 1e-9.
@@ -104,7 +96,7 @@ def statistics_of_batches(batches, n, features, provenance, desc, shuffle=False,
     classes, dim = features.net.fc.weight.shape
     zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=features.device)  # noqa: E731
     total, outer, split_sums = zeros(dim), zeros(dim, dim), zeros(splits, 2 + classes)
-    split, chosen = split_numbers(n, splits, shuffle).to(features.device), chosen_for_kid(n)
+    split, chosen = split_numbers(n, splits).to(features.device), chosen_for_kid(n)
     kid_features = torch.zeros(len(chosen), dim, device=features.device)
     shades = np.zeros(256, np.int64)                          # how often each value of a pixel occurs
     sides = np.zeros((2, 2), np.int64)                        # sums of the heights and widths, and of their squares
@@ -132,28 +124,21 @@ def statistics_of_batches(batches, n, features, provenance, desc, shuffle=False,
     sigma = (outer - n * torch.outer(mu, mu)) / (n - 1)
     values, share = np.arange(256) / 127.5 - 1, shades / shades.sum()
     contrast = (share @ values ** 2 - (share @ values) ** 2) ** 0.5   # the standard deviation of the pixels
-    about = dict(splits=f"{splits}, {'shuffled' if shuffle else 'in order'}", contrast=round(float(contrast), 4))
     (h, w), (h2, w2) = sides.tolist()                         # of no variance: all of one size
     size = f"{w // n}x{h // n}" if (n * h2, n * w2) == (h ** 2, w ** 2) else "mixed"
-    provenance = dict(images=n, size=size) | provenance | about
+    provenance = dict(images=n, size=size) | provenance | dict(splits=splits, contrast=round(float(contrast), 4))
     return Statistics(mu.cpu().numpy(), sigma.cpu().numpy(), features.id, provenance, inception_score(split_sums),
                       kid_features.cpu().numpy())
 
-
-def split_numbers(n, splits, shuffle=False):
+def split_numbers(n, splits):
     """Which split of the Inception Score each of n images is in (n,): split s begins with image ⌊n s / splits⌋."""
-    place = ((np.arange(n) + 1) * splits - 1) // n
-    if shuffle:                                               # torch-fidelity's
-        place[np.random.RandomState(2020).permutation(n)] = place.copy()
-    return torch.from_numpy(place)
-
+    return ((torch.arange(n) + 1) * splits - 1) // n
 
 def split_terms(logits):
     """What the Inception Score adds up: 1, Σ p log p, and p = p(y|x) itself. (B, classes) -> (B, 2 + classes)."""
     logp = logits.double().log_softmax(1)
     p = logp.exp()
     return torch.cat([torch.ones_like(p[:, :1]), (p * logp).sum(1, keepdim=True), p], 1)
-
 
 def inception_score(sums):
     """exp E[KL(p(y|x) ‖ p(y))] (Salimans et al. 2016) of each split, from its sum of `split_terms`: (mean, std).
@@ -165,15 +150,11 @@ def inception_score(sums):
     kl = sums[:, 1] / sums[:, 0] - torch.special.xlogy(mean_p, mean_p).sum(1)
     return kl.exp().mean().item(), kl.exp().std(correction=0).item()
 
-
 def chosen_for_kid(n):
     """The numbers of at most KEPT of n images, in order: a uniform random choice, the same at each call."""
     return np.sort(np.random.default_rng(0).choice(n, min(n, KEPT), replace=False))
 
-
 # ---- the scores ----------------------------------------------------------------------------------------------
-
-
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """‖μ1 − μ2‖² + tr Σ1 + tr Σ2 − 2 tr (Σ1 Σ2)^½ between two Gaussians (Heusel et al. 2017), float64.
 
@@ -188,7 +169,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     trace_root = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
     return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace_root).item()
 
-
 def factor(sigma):
     """A matrix A with Σ = A Aᵀ: the Cholesky factor, or if Σ is singular, of eigenvectors for the directions it has."""
     rounding = sigma.trace() * len(sigma) * torch.finfo(sigma.dtype).eps
@@ -199,14 +179,12 @@ def factor(sigma):
         a = vectors[:, present] * values[present].sqrt()
     return a
 
-
 def mmd2(x, y):
     """Unbiased squared MMD with the kernel (x·y / d + 1)³ (Bińkowski et al. 2018). x (N, d), y (M, d); may be < 0."""
     x, y = torch.as_tensor(x).double(), torch.as_tensor(y).double()
     kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3  # noqa: E731
     within = lambda k: (k.sum() - k.trace()) / (len(k) * (len(k) - 1))  # noqa: E731
     return (within(kernel(x, x)) + within(kernel(y, y)) - 2 * kernel(x, y).mean()).item()
-
 
 def kid(x, y, subsets=100, size=1000):
     """Kernel Inception Distance: (mean, std) of `mmd2` over random subsets, drawn as torch-fidelity draws them."""
@@ -218,7 +196,6 @@ def kid(x, y, subsets=100, size=1000):
               for _ in progress(iterable=range(subsets), desc="KID", unit="subset", leave=False)]
     return float(np.mean(values)), float(np.std(values))
 
-
 def metric_names(weights):
     """What the scores may be called by the weights behind them: only the released network gives FID."""
     weights = weights.removesuffix("-bf16")
@@ -227,7 +204,6 @@ def metric_names(weights):
     if weights.startswith(RANDOM):
         return tuple(f"{name} (random features)" for name in ("rFID", "rIS", "rKID"))
     return tuple(f"{name} (weights {weights[:8]})" for name in ("FD", "IS", "KD"))
-
 
 def compare(real, fake):
     """All scores of `fake` against `real` (Statistics), with what they are: dict(scores, features, real, fake).
@@ -262,10 +238,7 @@ def compare(real, fake):
     features = dict(network=fake.weights, resized="bilinear to 299x299, as pytorch-fid")
     return dict(scores=scores, features=features, real=real.provenance, fake=fake.provenance)
 
-
 # ---- where images come from ------------------------------------------------------------------------------------
-
-
 def own_batches(items, batch):
     """This rank's batches of an iterable: (number of the first item, list); batch i is done on rank i mod ranks."""
     items = iter(items)
@@ -276,8 +249,7 @@ def own_batches(items, batch):
         if i % ranks() == rank():
             yield i * batch, chunk
 
-
-def statistics_of(path, features, size=None, crop=None, batch=64, shuffle=False):
+def statistics_of(path, features, size=None, crop=None, batch=64):
     """Statistics of a side of the comparison: a folder, zip, LMDB, npz of images or of statistics. Raises DataError.
 
     size, crop   bring the images to a model's size first, through the very packing of training
@@ -290,15 +262,14 @@ def statistics_of(path, features, size=None, crop=None, batch=64, shuffle=False)
             stats = Statistics.load(path)
             stats.provenance.setdefault("source", str(path))
             return stats
-        n, images = npz_images(path)
-        batches = own_batches(images, batch)
+        images = npz_images(path)
+        n, batches = len(images), own_batches(images, batch)
     elif size:
         return packed_statistics(load_data(path, size, crop), features, batch)
     else:
         source = open_source(path)
         n, batches = source.count, decoded_batches(source, batch)
-    return statistics_of_batches(batches, n, features, dict(source=str(path), prepared="as stored"), path.name, shuffle)
-
+    return statistics_of_batches(batches, n, features, dict(source=str(path), prepared="as stored"), path.name)
 
 def packed_statistics(images, features, batch=64):
     """Statistics of a packed data set (data.Images), kept beside it: the reference is computed once. On rank 0."""
@@ -309,10 +280,9 @@ def packed_statistics(images, features, batch=64):
     stats = statistics_of_batches(own_batches(images.pixels, batch), len(images), features,
                                   dict(source=name, prepared=images.preparation), f"reference, {name}")
     if stats:
-        with locked(images.folder):                           # another run may write the same
+        with locked(images.folder, "scoring"):                # another run may write the same
             stats.save(path)
     return stats
-
 
 def sampled_statistics(sampler, steps, n, features, provenance, batch=64):
     """Statistics of n images drawn from a model on the fly, rounded to 8 bits as if they had been saved. On rank 0."""
@@ -321,35 +291,21 @@ def sampled_statistics(sampler, steps, n, features, provenance, batch=64):
                                    classes=sampler.classes and "uniform")
     return statistics_of_batches(batches, n, features, provenance, f"{steps} steps")
 
-
 def is_statistics(path):
     """Whether a path is that of an npz of statistics. Raises DataError."""
     path = Path(path).expanduser()
     if path.suffix != ".npz" or not path.is_file():
         return False
-    with reading(path, "is no readable npz"), zipfile.ZipFile(path) as z:
-        return "mu.npy" in z.namelist()
-
+    with reading(path, "is no readable npz"), np.load(path) as f:
+        return "mu" in f
 
 def npz_images(path):
-    """Count and iterator of the images in an npz, `arr_0` (N, H, W, 3) uint8, read one by one. Raises DataError."""
-    with reading(path, "holds no images and no statistics"):
-        z = zipfile.ZipFile(path)
-        name = "arr_0.npy" if "arr_0.npy" in z.namelist() else z.namelist()[0]
-        f = z.open(name)
-        np.lib.format.read_magic(f)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
-        raise DataError(f"error: {path}: images must be (N, H, W, 3) uint8, but {name} is {shape} {dtype}")
-
-    def images():
-        for i in range(shape[0]):
-            with reading(path, f"is damaged after image {i}"):
-                image = np.frombuffer(f.read(math.prod(shape[1:])), np.uint8).reshape(shape[1:])
-            yield image
-
-    return shape[0], images()
-
+    """The images of an npz, its `arr_0` or first array: (N, H, W, 3) uint8, all in memory. Raises DataError."""
+    with reading(path, "holds no images and no statistics"), np.load(path) as f:
+        images = f["arr_0" if "arr_0" in f else f.files[0]]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise DataError(f"error: {path}: images must be (N, H, W, 3) uint8, not {images.shape} {images.dtype}")
+    return images
 
 def decoded_batches(source, batch):
     """This rank's batches (see `own_batches`) of a data source's images, decoded in threads one batch ahead."""
@@ -364,10 +320,7 @@ def decoded_batches(source, batch):
         for (start, images), _ in pairwise(chain(begun, [None])):      # the next is begun before this one is waited for
             yield start, list(images)
 
-
 # ---- models: the rows of Tables 1 and 2 --------------------------------------------------------------------------
-
-
 def evaluate(args, path, features, device):
     """What `compare` gives for one checkpoint at each of --steps, from its cache where that is known: on rank 0."""
     sampler, state = load_sampler(path, args, device, pick_dtype(args.dtype, device))
@@ -395,12 +348,11 @@ def evaluate(args, path, features, device):
             try:
                 with whole_file(cache) as tmp:
                     tmp.write_text(json.dumps(result, indent=1))
-            except OSError as e:
-                log_stderr(f"warning: can't keep this score in {cache} ({e.strerror or e})")
+            except WriteError as e:
+                log_stderr(f"warning: this score is not kept: {e}")
         result["fake"]["checkpoint"] = str(path)
         results.append(result)
     return results
-
 
 def table(results):
     """Markdown: a table per metric, rows = models, columns = steps. results: {name: [what `compare` gives, …]}."""
@@ -421,10 +373,7 @@ def table(results):
         lines.append("The rows were measured against different references: do not compare them.")
     return "\n".join(lines)
 
-
 # ---- command line ----------------------------------------------------------------------------------------------
-
-
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("models")
@@ -455,10 +404,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("rarely needed")
     g.add_argument("--seed", type=at_least(0), default=0, help="of the noise (default: 0)")
     g.add_argument("--raw", action="store_true", help="the weights themselves instead of their average (EMA)")
-    g.add_argument("--shuffle", action="store_true", help="shuffle before Inception Score's splits, as torch-fidelity")
     g.add_argument("--batch", type=at_least(1), default=64, help="images at a time (default: 64)")
-    g.add_argument("--decode-batch", type=at_least(1), metavar="N",
-                   help="images of an LDM decoded at a time (default: 8 on a GPU, 1 on a CPU)")
     g.add_argument("--cache", metavar="DIR", help="where packed images are kept (default: $DSD_CACHE or ~/.cache/dsd)")
     device_flags(g)
     p.set_defaults(classes=None)                              # all of them, in turn
@@ -473,10 +419,9 @@ def parse_args(argv=None):
         p.error("--crop goes with --size: it is part of bringing REAL to a model's size")
     return args
 
-
 def compare_files(args, features):
     """Print the scores of the second side against the first, and what they are; with --save keep its statistics."""
-    sides = [statistics_of(path, features, None if i else args.size, args.crop, args.batch, args.shuffle)
+    sides = [statistics_of(path, features, None if i else args.size, args.crop, args.batch)
              for i, path in enumerate(args.sides)]
     if rank():
         return
@@ -491,7 +436,6 @@ def compare_files(args, features):
                 print(f"{name}: {value:.6g}" + (f" ± {spread:.3g}" if spread is not None else ""))
         for part in ("real", "fake", "features"):
             print(f"{part}: " + ", ".join(f"{k} {v}" for k, v in result[part].items()))
-
 
 def compare_models(args, features, device):
     """Score every checkpoint at every step count: table.md and table.json in --out."""
@@ -511,7 +455,6 @@ def compare_models(args, features, device):
         print(table(results))
         log_stderr(f"wrote {out}/table.md and table.json")
 
-
 def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
@@ -522,12 +465,9 @@ def main(argv=None):
         needed = args.ckpt or not all(is_statistics(path) for path in args.sides)
         features = load_features(args.weights, device, args.features) if needed else None
         compare_models(args, features, device) if args.ckpt else compare_files(args, features)
-    except OSError as e:
-        sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         log_stderr("stopped; the same command goes on: statistics and scores that were whole are kept")
         sys.exit(130)
-
 
 if __name__ == "__main__":
     launch(main)

@@ -7,31 +7,22 @@ from pathlib import Path
 
 from checkpoint import load_checkpoint
 
+def checked(kind, fits, what):
+    """A type for argparse: a number for which `fits` holds, or an error that says what it must be."""
+    def parse(text):
+        value = kind(text)
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        return value
+    parse.__name__ = kind.__name__                            # as argparse names it in its messages
+    return parse
 
 def at_least(low):
     """A type for argparse: whole numbers from `low` on."""
-    def parse(text):
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} on")
-        return value
-    parse.__name__ = "int"                                    # as argparse names it in its messages
-    return parse
+    return checked(int, lambda value: value >= low, f"a number from {low} on")
 
-
-def positive(text):
-    """A type for argparse: finite numbers above 0."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return float(text)
-
-
-def fraction(text):
-    """A type for argparse: numbers from 0 on, and below 1."""
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
-    return float(text)
-
+positive = checked(float, lambda value: 0 < value < math.inf, "a positive number")
+fraction = checked(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 def device_flags(g, compiled=False):
     """`--device` and `--dtype`, for every script that runs a network, and `--compile` if it is to be compiled."""
@@ -43,13 +34,11 @@ def device_flags(g, compiled=False):
                        choices=["", "default", "reduce-overhead"],
                        help="torch.compile the network: default, or reduce-overhead (CUDA graphs for small batches)")
 
-
 def out_flags(g, out):
     """Where a run is kept. out: the default of --out, in words."""
     g.add_argument("--out", metavar="DIR", help=f"folder of the run (default: {out})")
     g.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
     g.add_argument("--overwrite", action="store_true", help="delete the run in --out")
-
 
 def optimiser_flags(g):
     """What one would change first."""
@@ -59,13 +48,11 @@ def optimiser_flags(g):
     g.add_argument("--ema", type=fraction, help="decay of the weight average, which is sampled (default: %(default)s)")
     g.add_argument("--seed", type=at_least(0), default=0, help="of weights, batches and noise (default: 0)")
 
-
 def score_flags(g):
     """Scores while a run goes on, as fid.py gives them."""
     g.add_argument("--fid-every", type=at_least(0), default=0, metavar="N", help="updates between two; 0: no scores")
     g.add_argument("--fid-samples", type=at_least(2), default=10_000, metavar="M", help="images for each")
     g.add_argument("--weights", metavar="FILE", help="Inception weights, or random, as in fid.py")
-
 
 def run_flags(g):
     """What most runs leave as it is."""
@@ -82,7 +69,6 @@ def run_flags(g):
     g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
                    help="compute activations twice: a fraction of the memory, a third more time")
     device_flags(g, compiled=True)
-
 
 def parse_with_saved(p, argv, defaults):
     """Parse flags, which beat the settings of the run that --resume names, which beat `defaults`: of a preset, say.

@@ -18,13 +18,11 @@ from trainer import what_is_kept
 
 SHOWN = 2, 4, 8, 64        # step counts of the pictures, and of the scores except for the last
 
-
 def sampler_of(trainer, count=None):
     """A Sampler of the averaged weights. It draws the classes in turn: all of them, or `count` spread over all."""
     classes = trainer.net.config.classes
     y = list(range(0, classes, max(1, classes // count) if count else 1)) or None
     return Sampler(trainer.ema, trainer.model_info, trainer.device, trainer.args.dtype, y, seed=trainer.args.seed)
-
 
 def draw_shown(trainer, n=10):
     """n samples at each of SHOWN, from the same noise, not decoded: (rows, n, C, H, W) float32 on the CPU of rank 0."""
@@ -37,7 +35,6 @@ def draw_shown(trainer, n=10):
             bar.update(s)
     return torch.stack(rows)
 
-
 def compare_picture(trainer):
     """Before and after under each other for each step count, each column from one noise."""
     if rank():
@@ -48,11 +45,9 @@ def compare_picture(trainer):
     path = trainer.out / f"samples-{trainer.step:06d}.png"
     save_grid(sampler_of(trainer).decode(rows), path, before.shape[1], labels)
 
-
 def moments(x):
     """Mean, standard deviation and diversity of (B, C, H, W), drawn: how much a pixel differs from image to image."""
     return dict(mean=x.mean().item(), std=x.std().item(), diversity=x.std(0).mean().item() if len(x) > 1 else math.nan)
-
 
 class Guard:
     """Nothing anchors a data-free run: log where its trajectories end, and end it when that makes no sense.
@@ -78,7 +73,6 @@ class Guard:
                          f"before distillation it was {was[name]:.3g}, sane is {low:.3g} to {high:.3g} (--drift). "
                          f"{what_is_kept(trainer)}. Try a lower --lr, fewer --updates, or --target-ema 0.98")
         return now
-
 
 def scorer(args, images, device, steps):
     """A hook that scores the averaged weights against the training images, for curves like Figure 3.

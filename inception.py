@@ -24,8 +24,6 @@ from data import default_cache, wait_for_first_rank
 from runtime import autocast, log_stderr
 
 # ---- the network: its names are those of the released file ---------------------------------------------------
-
-
 class Conv(nn.Conv2d):
     """Convolution, batch norm, ReLU; the batch norm lives in the weight and the bias, see `fold`."""
 
@@ -35,7 +33,6 @@ class Conv(nn.Conv2d):
 
     def forward(self, x):
         return F.relu_(super().forward(self.before(x)))
-
 
 class Branches(nn.Module):
     """Modules side by side on the same input, their channels concatenated in the order given."""
@@ -51,7 +48,6 @@ class Branches(nn.Module):
     def forward(self, x):
         return torch.cat([branch(x) for branch in self.branches], 1)
 
-
 def chain(cin, *layers):
     """Layers one after the other: (channels, kernel) or (channels, kernel, stride) of a convolution, or a module."""
     named = nn.Sequential()
@@ -60,7 +56,6 @@ def chain(cin, *layers):
             layer, cin = Conv(cin, *layer), layer[0]
         named.add_module(f"_{i}", layer)
     return named
-
 
 class Inception(nn.Module):
     """Inception v3 as in the 2015 TensorFlow graph: images (B, 3, 299, 299) in [-1, 1] -> features, logits.
@@ -112,7 +107,6 @@ class Inception(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return features, self.fc(features)
 
-
 class Features:
     """An Inception network that looks at 8-bit images.
 
@@ -136,9 +130,7 @@ class Features:
         with autocast(self.device, self.dtype), exact:
             return self.net((2 * x - 1).contiguous(memory_format=torch.channels_last))
 
-
 # ---- its weights ---------------------------------------------------------------------------------------------
-
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + FILE
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -146,7 +138,6 @@ BYTES = 95_628_359
 RANDOM = "random"
 HOW_TO_GET = (f"Get {URL} ({BYTES:,} bytes) and put it there, or give its place as --weights; "
               f"or use --weights random, whose scores are no FID")
-
 
 def load_features(weights=None, device="cpu", dtype="fp32"):
     """The network of `--weights`: a file, "random", or None for the released one, fetched once. Exits on errors."""
@@ -165,7 +156,6 @@ def load_features(weights=None, device="cpu", dtype="fp32"):
             why = " ".join(str(e).split())[:160]
             sys.exit(f"error: {path} does not hold the Inception weights ({why}). {HOW_TO_GET}")
     return Features(net.to(device, memory_format=torch.channels_last), name, device, dtype)
-
 
 def fold(state, eps=1e-3):
     """The released file's tensors as `Inception` holds them: each batch norm (γ, β, μ, σ²) folded into its convolution.
@@ -186,7 +176,6 @@ def fold(state, eps=1e-3):
         raise KeyError(f"surplus {min(rest)}")
     return folded
 
-
 def random_weights(net):
     """Weights from numpy's generator, the same on every machine, and a name with their hash: state dict, name."""
     digest, state = hashlib.sha256(), {}
@@ -196,7 +185,6 @@ def random_weights(net):
         digest.update(values.tobytes())
         state[key] = torch.from_numpy(values)
     return state, f"{RANDOM}-{digest.hexdigest()[:8]}"
-
 
 def fetch_weights():
     """The released file in the cache folder, downloaded if it is not there, and whole or not at all. Exits offline."""

@@ -28,14 +28,12 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from checkpoint import CheckpointError, file_hash
 from checkpoint import load_model as load_own
-from data import DataError, Images, check_space, locked, wait_for_first_rank
+from data import Images, check_space, locked, wait_for_first_rank
 from ddim import LDMDiscrete
 from model import Downsample, ResBlock, SelfAttention, Transformer, UNet, UNetConfig, Upsample, attend
 from runtime import autocast, memory_format, progress
 
 # ---- the autoencoder ------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class AutoencoderConfig:
     """Everything that decides the shape of an autoencoder's weights; the defaults are VQ-f4."""
@@ -51,15 +49,12 @@ class AutoencoderConfig:
         """How many times smaller than its image a latent is."""
         return 2 ** (len(self.mult) - 1)
 
-
 def named_sequential(**layers):
     """Layers one after the other, under names."""
     return nn.Sequential(OrderedDict(layers))
 
-
 def group_norm(ch):
     return nn.GroupNorm(32, ch, eps=1e-6)                     # another epsilon than in the UNet
-
 
 class Block(nn.Module):
     """Residual block without time: (B, Cin, H, W) -> (B, Cout, H, W)."""
@@ -74,7 +69,6 @@ class Block(nn.Module):
         r = self.conv1(F.silu(self.norm1(h)))
         return self.nin_shortcut(h) + self.conv2(F.silu(self.norm2(r)))
 
-
 class Attention(nn.Module):
     """Every pixel looks at every other, with one head. Keeps the shape (B, C, H, W)."""
 
@@ -88,14 +82,11 @@ class Attention(nn.Module):
         x = self.proj_out(attend(*(layer(x)[:, :, None] for layer in (self.q, self.k, self.v))))
         return h + x.transpose(1, 2).reshape(h.shape)
 
-
 def blocks(cin, cout, count):
     return nn.Sequential(*(Block(cout if i else cin, cout) for i in range(count)))
 
-
 def middle(ch):
     return named_sequential(block_1=Block(ch, ch), attn_1=Attention(ch), block_2=Block(ch, ch))
-
 
 def encoder(c):
     """Images (B, 3, H, W) -> (B, latent, H/f, W/f). Names as in LDM's files, here and in the decoder."""
@@ -109,7 +100,6 @@ def encoder(c):
         conv_in=nn.Conv2d(3, c.channels, 3, padding=1), down=nn.Sequential(*levels), mid=middle(cout),
         norm_out=group_norm(cout), act=nn.SiLU(), conv_out=nn.Conv2d(cout, c.latent, 3, padding=1))
 
-
 def decoder(c):
     """(B, latent, h, w) -> images (B, 3, f h, f w)."""
     ch, levels = c.mult[-1] * c.channels, {}
@@ -121,7 +111,6 @@ def decoder(c):
         levels[str(i)] = level
     return named_sequential(conv_in=conv_in, mid=mid, up=named_sequential(**levels),
                             norm_out=group_norm(ch), act=nn.SiLU(), conv_out=nn.Conv2d(ch, 3, 3, padding=1))
-
 
 class Autoencoder(nn.Module):
     """Images (B, 3, H, W) in about [-1, 1] to latents (B, latent, H/f, W/f), and back."""
@@ -153,10 +142,7 @@ class Autoencoder(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             return self.decoder.conv_out(h.float())
 
-
 # ---- the three models -----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Model:
     """A released model: its UNet, its autoencoder, and the side of its images in pixels."""
@@ -164,7 +150,6 @@ class Model:
     unet: UNetConfig
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     size: int = 256
-
 
 UNCONDITIONAL = UNetConfig(channels=224, mult=(1, 2, 3, 4), blocks=2, attention=(2, 4, 8), head_channels=32)
 MODELS = {
@@ -175,17 +160,14 @@ MODELS = {
 }
 DIFFUSION = dict(schedule="ldm", predicts="eps")    # of all three, as a checkpoint's state has it
 
-
 def build(name):
     """UNet and autoencoder of MODELS[name] as `unet` and `autoencoder` of one module, without memory for weights."""
     with torch.device("meta"):
         return nn.ModuleDict(dict(unet=UNet(MODELS[name].unet), autoencoder=Autoencoder(MODELS[name].autoencoder)))
 
-
 def image_size(state):
     """The side of a model's images in pixels, whatever it draws in."""
     return state["shape"][1] * (MODELS[state["ldm"]].autoencoder.factor if "ldm" in state else 1)
-
 
 def autoencoder_of(state, device="cpu"):
     """The autoencoder that a checkpoint carries, ready for use."""
@@ -194,9 +176,7 @@ def autoencoder_of(state, device="cpu"):
     net.load_state_dict(state["autoencoder"], assign=True)
     return net.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
 
-
 # ---- names: ours -> a file's ----------------------------------------------------------------------------
-
 # Inside a block. Both layouts have the transformer's names in common.
 TRANSFORMER = {"norm": "norm", "proj_in": "proj_in", "proj_out": "proj_out",
                "ff.up": "transformer_blocks.0.ff.net.0.proj", "ff.down": "transformer_blocks.0.ff.net.2"}
@@ -220,7 +200,6 @@ DIFFUSERS = {
     Upsample: {"": "conv"},
 }
 
-
 def compvis_places(net):
     """(part of our UNet, its place in CompVis's UNet); a stage's parts are numbered as far as they exist."""
     yield from {"time_in": "time_embed.0", "time_out": "time_embed.2", "norm": "out.0", "out": "out.2",
@@ -229,7 +208,6 @@ def compvis_places(net):
         for i, stage in enumerate(getattr(net, path)):
             for k, (part, _) in enumerate(stage.named_children()):
                 yield f"{path}.{i}.{part}", f"{theirs}.{i}.{k}"
-
 
 def diffusers_places(net):
     """(part of our UNet, its place in diffusers' UNet2DModel and UNet2DConditionModel)."""
@@ -243,20 +221,19 @@ def diffusers_places(net):
             for part, _ in stage.named_children():
                 yield f"{path}.{i + first}.{part}", f"{path}_blocks.{level}.{theirs[part]}"
 
-
-def unet_names(net, places, inner):
-    """{our name: their names} of a UNet's tensors; three of theirs where they keep q, k and v apart."""
-    names = {}
-    for ours, theirs in places:
-        part = net.get_submodule(ours)
-        table = inner.get(type(part), {"": ""})
+def names_of(bundle, places, inner, unet, embedder, autoencoder_name):
+    """{our name: their names} of UNet and autoencoder; three of theirs where they keep q, k and v apart."""
+    names = {f"autoencoder.{key}": (autoencoder_name(key),) for key in bundle.autoencoder.state_dict()}
+    for ours, theirs in places(bundle.unet):
+        part = bundle.unet.get_submodule(ours)
         for key in part.state_dict():
             module, _, kind = key.rpartition(".")
-            found = table[module]
+            found = inner.get(type(part), {"": ""})[module]
             found = [found] if isinstance(found, str) else found
-            names[f"{ours}.{key}"] = tuple(".".join(filter(None, (theirs, name, kind))) for name in found)
+            names[f"unet.{ours}.{key}"] = tuple(".".join(filter(None, (unet, theirs, x, kind))) for x in found)
+    if bundle.unet.label is not None:
+        names["unet.label.weight"] = (f"{embedder}.embedding.weight",)
     return names
-
 
 def diffusers_vq_name(key, levels):
     """An autoencoder's tensor in diffusers' VQModel. Its decoder numbers the levels in the order they run in."""
@@ -274,50 +251,30 @@ def diffusers_vq_name(key, levels):
         key = key.replace(ours, theirs)
     return key
 
-
-def compvis_names(bundle):
-    """{our name: (name in CompVis's state dict,)} of what `build` gave, with the raw weights of the UNet."""
-    names = {f"autoencoder.{key}": (f"first_stage_model.{key}",) for key in bundle.autoencoder.state_dict()}
-    for key, (theirs,) in unet_names(bundle.unet, compvis_places(bundle.unet), COMPVIS).items():
-        names[f"unet.{key}"] = (f"model.diffusion_model.{theirs}",)
-    if bundle.unet.label is not None:
-        names["unet.label.weight"] = ("cond_stage_model.embedding.weight",)
-    return names
-
-
-def ema_name(key):
-    """The averaged copy of a tensor: the name as LDM's wrapper sees it, without dots."""
-    return "model_ema." + key.removeprefix("model.").replace(".", "")
-
+def compvis_names(bundle, ema=False):
+    """{our name: (name in CompVis's state dict,)} of what `build` gave. ema: of the UNet the averages, without dots."""
+    names = names_of(bundle, compvis_places, COMPVIS, "model.diffusion_model", "cond_stage_model",
+                     lambda key: f"first_stage_model.{key}")
+    averaged = lambda name: re.sub(r"^model\.(.*)", lambda m: "model_ema." + m[1].replace(".", ""), name)  # noqa: E731
+    return {ours: (averaged(theirs),) for ours, (theirs,) in names.items()} if ema else names
 
 def diffusers_names(bundle):
     """{our name: (folder.name, …)} in diffusers' layout; the class embedding lies in a folder of our own choice."""
     levels = len(bundle.autoencoder.config.mult)
-    names = {f"autoencoder.{key}": (f"vqvae.{diffusers_vq_name(key, levels)}",)
-             for key in bundle.autoencoder.state_dict()}
-    for key, theirs in unet_names(bundle.unet, diffusers_places(bundle.unet), DIFFUSERS).items():
-        names[f"unet.{key}"] = tuple(f"unet.{name}" for name in theirs)
-    if bundle.unet.label is not None:
-        names["unet.label.weight"] = ("class_embedder.embedding.weight",)
-    return names
-
+    return names_of(bundle, diffusers_places, DIFFUSERS, "unet", "class_embedder",
+                    lambda key: f"vqvae.{diffusers_vq_name(key, levels)}")
 
 # ---- values: a file's -> ours -----------------------------------------------------------------------------
-
-
 def merge_heads(parts, heads):
     """q, k and v apart, each (C, …), as one tensor (3 C, …) that is grouped by head first."""
     return torch.stack([p.unflatten(0, (heads, -1)) for p in parts], 1).flatten(0, 2)
-
 
 def split_heads(qkv, heads):
     """The inverse of `merge_heads`."""
     return [p.flatten(0, 1) for p in qkv.unflatten(0, (heads, 3, -1)).unbind(1)]
 
-
 def heads_of(bundle, key):
     return bundle.get_submodule(key.rpartition(".")[0].removesuffix(".qkv")).heads
-
 
 def load_tensors(bundle, names, tensors, what):
     """Give the weights of `build` memory, and the values of a file: names {our name: their names}, tensors by theirs.
@@ -326,8 +283,7 @@ def load_tensors(bundle, names, tensors, what):
     """
     weights = bundle.state_dict()
     missing = [name for theirs in names.values() for name in theirs if not torch.is_tensor(tensors.get(name))]
-    if missing:
-        raise CheckpointError(f"error: {what}: {missing[0]} is missing{and_more(missing)}")
+    refuse(missing, what, "there is no")
     for key, theirs in names.items():
         shape = [weights[key].shape[0] // len(theirs), *weights[key].shape[1:]]
         for name in theirs:
@@ -340,26 +296,19 @@ def load_tensors(bundle, names, tensors, what):
         weights[key].copy_(parts[0] if len(parts) == 1 else merge_heads(parts, heads_of(bundle, key)))
     return bundle.requires_grad_(False).eval()
 
-
-def refuse_surplus(tensors, known, what):
-    surplus = sorted(name for name in tensors if name not in known)
-    if surplus:
-        raise CheckpointError(f"error: {what}: nothing is known of its {surplus[0]}{and_more(surplus)}")
-
-
-def and_more(names):
-    """The end of a message that has named the first of them."""
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
+def refuse(names, what, why):
+    """Raise CheckpointError if there are any such names of tensors: it says how many, and names the first."""
+    if names:
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        raise CheckpointError(f"error: {what}: {why} {min(names)}{more}")
 
 # ---- CompVis's files --------------------------------------------------------------------------------------
-
 # Beside the weights a file holds the tables of its noise schedule, which follow from alphas_cumprod (that one is
 # checked), counters of the average, what a sampler left behind, and the loss the autoencoder was trained with.
+NOT_KNOWN = "nothing is known of its"
 IGNORED = re.compile(
     r"betas|alphas_cumprod(_prev)?|(log|sqrt)_one_minus_alphas_cumprod|sqrt_(recip_|recipm1_)?alphas_cumprod|"
     r"posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|model_ema\.(decay|num_updates)|ddim_\w+|(first_stage_model\.)?loss\..*")
-
 
 class StubClass(type):
     """Type of the stand-ins for classes that a file names: it may make instances, which are empty, but call nothing."""
@@ -374,14 +323,16 @@ class StubClass(type):
     def __call__(cls, *args, **kwargs):
         raise pickle.UnpicklingError(f"it calls {cls.__name__}")
 
-
 def read_file(path):
-    """A file of torch.save as plain values, its tensors mapped from the disk. Nothing in it is imported or run.
+    """A file of torch.save, or .safetensors, as plain values, mapped from the disk. Nothing in it is imported or run.
 
     Lightning's files mention classes (of callbacks), which torch rightly refuses: they become empty stand-ins here.
     A file that calls anything but torch's own functions for tensors is refused. Raises CheckpointError.
     """
+    load_file = safetensors().torch.load_file if path.suffix == ".safetensors" else None
     try:
+        if load_file:
+            return load_file(path)
         unknown = get_unsafe_globals_in_checkpoint(path)
         with safe_globals([(StubClass(name), name) for name in unknown]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -392,27 +343,20 @@ def read_file(path):
     except Exception as e:  # a broken file fails in half a dozen ways
         raise CheckpointError(f"error: {path} is no readable checkpoint ({str(e).splitlines()[0][:120]})") from None
 
-
 def fill_from_file(bundle, tensors, ema, what):
     """The weights of a CompVis state dict: the UNet's averaged ones if wanted and there, else the raw ones."""
-    raw = compvis_names(bundle)
-    averaged = {key: (ema_name(name),) if key.startswith("unet.") and "label" not in key else (name,)
-                for key, (name,) in raw.items()}
+    raw, averaged = compvis_names(bundle), compvis_names(bundle, ema=True)
     known = {name for names in (raw, averaged) for theirs in names.values() for name in theirs}
-    refuse_surplus([name for name in tensors if not IGNORED.fullmatch(name)], known, what)
-    table = tensors.get("alphas_cumprod")
-    own = LDMDiscrete().alpha2
+    refuse([name for name in tensors if name not in known and not IGNORED.fullmatch(name)], what, NOT_KNOWN)
+    table, own = tensors.get("alphas_cumprod"), LDMDiscrete().alpha2
     if table is not None and (table.shape != own.shape or not torch.allclose(table.double(), own, rtol=0, atol=1e-6)):
         raise CheckpointError(f"error: {what}: its alphas_cumprod is another noise schedule than LDM's")
     has_average = any(name.startswith("model_ema.") for name in tensors)
     return load_tensors(bundle, averaged if ema and has_average else raw, tensors, what)
 
-
 # ---- folders in diffusers' layout --------------------------------------------------------------------------
-
 WEIGHTS_FILE = "diffusion_pytorch_model"
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-
 
 def safetensors():
     """The package safetensors, or a CheckpointError that says how to get it."""
@@ -423,36 +367,24 @@ def safetensors():
                               "pip install safetensors") from None
     return safetensors
 
-
 def weights_files(folder):
     """{sub-folder: its file of weights} in diffusers' layout. Raises CheckpointError if there is none."""
-    files = {}
-    for name in ("unet", "vqvae", "class_embedder"):
-        for end in (".bin", ".safetensors"):                  # the latter if both are there
-            path = Path(folder) / name / (WEIGHTS_FILE + end)
-            files |= {name: path} if path.exists() else {}
+    files = {name: path for name in ("unet", "vqvae", "class_embedder") for end in (".bin", ".safetensors")
+             if (path := Path(folder) / name / (WEIGHTS_FILE + end)).exists()}       # the latter if both are there
     if not files:
         raise CheckpointError(f"error: {folder} is no folder in diffusers' layout: it has no unet/{WEIGHTS_FILE}"
                               f".safetensors or .bin")
     return files
 
-
 def read_folder(folder):
     """All tensors of a folder in diffusers' layout, as {sub-folder.name: tensor}; old names become the present ones."""
     tensors = {}
     for part, path in weights_files(folder).items():
-        try:
-            values = safetensors().torch.load_file(path) if path.suffix == ".safetensors" else read_file(path)
-        except CheckpointError:
-            raise
-        except Exception as e:  # safetensors has an error type of its own, in a module that may be absent
-            raise CheckpointError(f"error: {path} is no readable checkpoint ({str(e).splitlines()[0][:120]})") from None
-        for name, value in values.items():
+        for name, value in read_file(path).items():
             for old, new in OLD_NAMES.items():
                 name = name.replace(old, new)
             tensors[f"{part}.{name}"] = value
     return tensors
-
 
 def diffusers_configs(unet, autoencoder, latent_size):
     """{sub-folder: config.json} with which diffusers builds the same networks and takes the same steps."""
@@ -479,7 +411,6 @@ def diffusers_configs(unet, autoencoder, latent_size):
                  timestep_spacing="leading", prediction_type="epsilon")
     return dict(unet=net, vqvae=vq, scheduler=steps)
 
-
 def check_folder(folder, configs, what):
     """Compare what no shape of a tensor tells; a setting that the file leaves out is taken on trust."""
     for part, ours in configs.items():
@@ -493,26 +424,6 @@ def check_folder(folder, configs, what):
             if key in ours and theirs.get(key, ours[key]) != ours[key]:
                 raise CheckpointError(f"error: {what}: {key} in {path} is {theirs[key]}, not {ours[key]}")
 
-
-HOW_TO_USE = """\
-An LDM for diffusers: `unet`, `vqvae` and `scheduler` are its UNet2DConditionModel, VQModel and DDIMScheduler.
-diffusers has no class embedder, so that is a tensor of its own: row i is the context of class i, the last row that of
-no class.
-
-    from diffusers import DDIMScheduler, UNet2DConditionModel, VQModel
-    from safetensors.torch import load_file
-    unet = UNet2DConditionModel.from_pretrained(DIR, subfolder="unet")
-    vqvae = VQModel.from_pretrained(DIR, subfolder="vqvae")
-    scheduler = DDIMScheduler.from_pretrained(DIR, subfolder="scheduler")
-    rows = load_file(DIR + "/class_embedder/diffusion_pytorch_model.safetensors")["embedding.weight"]
-    scheduler.set_timesteps(4)
-    for t in scheduler.timesteps:
-        eps = unet(z, t, rows[labels][:, None]).sample        # labels (B,); z (B, 3, 64, 64), at first noise
-        z = scheduler.step(eps, t, z).prev_sample
-    images = vqvae.decode(z).sample
-"""
-
-
 def export(net, state, folder):
     """Write a model in diffusers' layout: unet, vqvae, scheduler. The folder is there as a whole or not at all.
 
@@ -520,7 +431,7 @@ def export(net, state, folder):
     """
     if "ldm" not in state:
         raise CheckpointError("error: only LDM's models can be exported: diffusers has no match for our noise schedule")
-    folder, package = Path(folder), safetensors()
+    folder, save_file = Path(folder), safetensors().torch.save_file
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"error: {folder} exists; choose another --export")
     bundle = nn.ModuleDict(dict(unet=net, autoencoder=autoencoder_of(state)))
@@ -531,33 +442,28 @@ def export(net, state, folder):
             part, _, name = name.partition(".")
             parts.setdefault(part, {})[name] = value.cpu().contiguous()
     configs = diffusers_configs(net.config, bundle.autoencoder.config, state["shape"][1])
+    files = {f"{part}/{'scheduler_' * (part == 'scheduler')}config.json": c for part, c in configs.items()}
+    if "class_embedder" not in parts:                         # diffusers has no pipeline for these: see docs/ldm.md
+        pipeline = {part: ["diffusers", config["_class_name"]] for part, config in configs.items()}
+        files["model_index.json"] = dict(_class_name="LDMPipeline") | pipeline
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     try:
-        for part, config in configs.items():
-            name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        for part in {**configs, **parts}:
             (tmp / part).mkdir(parents=True)
-            (tmp / part / name).write_text(json.dumps(config, indent=2))
+        for file, content in files.items():
+            (tmp / file).write_text(json.dumps(content, indent=2))
         for part, tensors in parts.items():
-            (tmp / part).mkdir(exist_ok=True)
-            package.torch.save_file(tensors, tmp / part / f"{WEIGHTS_FILE}.safetensors", {"format": "pt"})
-        if "class_embedder" in parts:                         # diffusers has no pipeline for these
-            (tmp / "README.md").write_text(HOW_TO_USE)
-        else:
-            index = {part: ["diffusers", config["_class_name"]] for part, config in configs.items()}
-            (tmp / "model_index.json").write_text(json.dumps({"_class_name": "LDMPipeline"} | index, indent=2))
+            save_file(tensors, tmp / part / f"{WEIGHTS_FILE}.safetensors", {"format": "pt"})
         if folder.exists():
             folder.rmdir()
         os.replace(tmp, folder)
-    except (OSError, package.SafetensorError) as e:
+    except Exception as e:  # safetensors has an error type of its own
         raise CheckpointError(f"error: can't write {folder} ({getattr(e, 'strerror', None) or e})") from None
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
-
 # ---- any checkpoint -----------------------------------------------------------------------------------------
-
-
 def load_model(path, device="cpu", ema=True, name=None, size=None):
     """The network of any checkpoint, ready to sample, and its state: `checkpoint.load_model`, and LDM's own files too.
 
@@ -568,56 +474,46 @@ def load_model(path, device="cpu", ema=True, name=None, size=None):
 
     The state of an LDM has its name as `ldm`, and the `autoencoder`'s tensors. Raises CheckpointError.
     """
-    if name and not Path(path).exists():
+    path = Path(path)
+    if name and not path.exists():
         raise CheckpointError(f"error: no file or folder of LDM's at {path}")
-    if not _is_foreign(Path(path)):
-        net, state = load_own(path, device, ema)
-        known = state.get("ldm")
-        if name not in (None, known) or known not in (None, *MODELS):
-            is_a = f"LDM's {known}" if known else "a model of train.py"
-            raise CheckpointError(f"error: {path} is {is_a}, not {name or 'one of ' + ', '.join(MODELS)}")
-        if size not in (None, image_size(state)):
-            raise CheckpointError(f"error: {path} draws images of {image_size(state)} pixels, not {size}")
-        return net, state
-    if name is None:
-        raise CheckpointError(f"error: {path} is in the layout of LDM's files: say which model it is, with --ldm")
-    return _load_foreign(Path(path), device, ema, name, size or MODELS[name].size)
+    content = read_file(path) if path.is_file() else None
+    if path.is_dir() or isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        if name is None:
+            raise CheckpointError(f"error: {path} is in the layout of LDM's files: say which model it is, with --ldm")
+        return _load_foreign(path, content, device, ema, name, size or MODELS[name].size)
+    net, state = load_own(path, device, ema)
+    known = state.get("ldm")
+    if name not in (None, known) or known not in (None, *MODELS):
+        is_a = f"LDM's {known}" if known else "a model of train.py"
+        raise CheckpointError(f"error: {path} is {is_a}, not {name or 'one of ' + ', '.join(MODELS)}")
+    if size not in (None, image_size(state)):
+        raise CheckpointError(f"error: {path} draws images of {image_size(state)} pixels, not {size}")
+    return net, state
 
-
-def _is_foreign(path):
-    """Is this file or folder of another layout than `checkpoint.save_checkpoint`'s?"""
-    if not path.is_file():
-        return path.is_dir()
-    state = read_file(path)
-    return isinstance(state, dict) and isinstance(state.get("state_dict"), dict)
-
-
-def _load_foreign(path, device, ema, name, size):
-    bundle, c = build(name), MODELS[name]
+def _load_foreign(path, content, device, ema, name, size):
+    bundle, c, what = build(name), MODELS[name], f"{path} is not LDM's {name}"
     step = c.autoencoder.factor * 2 ** (len(c.unet.mult) - 1)
     if size != c.size and c.unet.classes:
         raise CheckpointError(f"error: --size {size}: {name} draws {c.size} pixels and nothing else")
     if size < step or size % step:
         raise CheckpointError(f"error: --size {size} must be a multiple of {step} for {name}")
-    what = f"{path} is not LDM's {name}"
-    if path.is_dir():
+    side = size // c.autoencoder.factor
+    if content is None:
         names, tensors = diffusers_names(bundle), read_folder(path)
-        check_folder(path, diffusers_configs(c.unet, c.autoencoder, size // c.autoencoder.factor), what)
-        refuse_surplus(tensors, {n for theirs in names.values() for n in theirs}, what)
+        check_folder(path, diffusers_configs(c.unet, c.autoencoder, side), what)
+        refuse(tensors.keys() - {name for theirs in names.values() for name in theirs}, what, NOT_KNOWN)
         load_tensors(bundle, names, tensors, what)
     else:
-        fill_from_file(bundle, read_file(path)["state_dict"], ema, what)
-    side = size // c.autoencoder.factor
+        fill_from_file(bundle, content["state_dict"], ema, what)
     state = DIFFUSION | dict(config=asdict(c.unet), shape=[c.autoencoder.latent, side, side], classes=[], ldm=name,
                              autoencoder=bundle.autoencoder.state_dict(), history=[dict(how=f"LDM's {name}")])
     return bundle.unet.to(device, memory_format=memory_format(device)), state
-
 
 def ldm_flag(p):
     """`--ldm`, for every script that takes one of LDM's models."""
     p.add_argument("--ldm", choices=MODELS,
                    help="--ckpt is this one of LDM's models: its file, a folder in diffusers' layout, or one of ours")
-
 
 def model_hash(path):
     """Which model an image or a score came from: the hash of its file, or of a folder's files."""
@@ -625,11 +521,8 @@ def model_hash(path):
         return "+".join(file_hash(f) for f in weights_files(path).values())
     return file_hash(path)
 
-
 # ---- a data set as latents ------------------------------------------------------------------------------------
-
 AT_A_TIME = 8    # images that are encoded together
-
 
 class Latents(Images):
     """A packed data set as an LDM's autoencoder sees it: `batch` gives latents (B, C, h, w) and labels.
@@ -647,7 +540,7 @@ class Latents(Images):
         path = self.folder / f"latents-{digest.hexdigest()[:12]}.f16"
         shape = (len(self), 2, *state["shape"])
         if not wait_for_first_rank(path):
-            with locked(self.folder):
+            with locked(self.folder, "encoding the data"):
                 if not path.exists():                         # another run may just have made it
                     self._encode(autoencoder_of(state, device), path, shape, device, dtype)
         self.latents = np.memmap(path, np.float16, "r", shape=shape)
@@ -658,20 +551,15 @@ class Latents(Images):
 
     def _encode(self, net, path, shape, device, dtype):
         part, one = path.with_suffix(".part"), 2 * int(np.prod(shape[1:]))     # bytes of an image and its mirror image
-        try:
-            with (open(part, "ab") as f, torch.no_grad(), autocast(device, dtype)):
-                done = f.tell() // one
-                f.truncate(done * one)                        # what was cut off in the middle is encoded again
-                check_space(self.folder, (shape[0] - done) * one, "encoding the data")
-                with progress(total=shape[0], initial=done, desc="encoding", unit="img") as bar:
-                    for start in range(done, shape[0], AT_A_TIME):
-                        index = np.arange(start, min(start + AT_A_TIME, shape[0]))
-                        pairs = [net.encode(super(Latents, self).read(index, np.full(len(index), mirrored)).to(device))
-                                 for mirrored in (False, True)]
-                        f.write(torch.stack(pairs, 1).half().cpu().numpy().tobytes())
-                        bar.update(len(index))
-            os.replace(part, path)
-        except OSError as e:
-            raise DataError(f"error: can't write {path} ({e.strerror or e}); --cache names another folder") from None
-        except KeyboardInterrupt:
-            raise DataError("stopped encoding the data; the same command goes on from there") from None
+        with open(part, "ab") as f, torch.no_grad(), autocast(device, dtype):
+            done = f.tell() // one
+            f.truncate(done * one)                            # what was cut off in the middle is encoded again
+            check_space(self.folder, (shape[0] - done) * one, "encoding the data")
+            with progress(total=shape[0], initial=done, desc="encoding", unit="img") as bar:
+                for start in range(done, shape[0], AT_A_TIME):
+                    index = np.arange(start, min(start + AT_A_TIME, shape[0]))
+                    pairs = [net.encode(super(Latents, self).read(index, np.full(len(index), mirrored)).to(device))
+                             for mirrored in (False, True)]
+                    f.write(torch.stack(pairs, 1).half().cpu().numpy().tobytes())
+                    bar.update(len(index))
+        os.replace(part, path)

@@ -24,7 +24,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-
 @dataclass(frozen=True)
 class UNetConfig:
     """Everything that decides the shape of the weights. `attention` holds downsampling factors, not sizes."""
@@ -58,7 +57,6 @@ class UNetConfig:
             if width % (self.head_channels or self.heads):
                 raise ValueError(f"{width} channels do not divide into heads of {self.head_channels or self.heads}")
 
-
 # The networks of train.py's presets, by name. The paper does not give the size of its 64x64 models: `unet64`
 # is a common size for that resolution. No dropout: x' and x'' would differ by their masks, not by their times.
 CONFIGS = {
@@ -66,7 +64,6 @@ CONFIGS = {
     "small32": dict(channels=32, mult=(1, 1, 2, 4), blocks=1, attention=(), groups=8),
     "unet64": dict(channels=128, mult=(1, 2, 2, 2), blocks=2, attention=(4, 8), head_channels=64),
 }
-
 
 def time_embedding(t, dim):
     """Sinusoidal embedding of t in [0, 1] -> (B, dim); cosines first, as guided-diffusion has it.
@@ -78,13 +75,11 @@ def time_embedding(t, dim):
     angle = 1000 * t[:, None] * freqs
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
-
 def zero(layer):
     """Start a residual branch at zero, so that a block is the identity at first (as in guided-diffusion)."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
-
 
 class ResBlock(nn.Module):
     """h + conv(norm(conv(norm(h)) + time)): the workhorse. (B, Cin, H, W) -> (B, Cout, H, W)."""
@@ -106,7 +101,6 @@ class ResBlock(nn.Module):
         r = self.conv2(self.dropout(F.silu(self.norm2(r))))
         return self.skip(h) + r
 
-
 def attend(q, k, v):
     """softmax(q kᵀ / √d) v over tokens. q (B, T, heads, d), k and v (B, S, heads, d) -> (B, T, heads · d)."""
     q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # (B, heads, T, d)
@@ -114,7 +108,6 @@ def attend(q, k, v):
     plain = q.device.type == "cpu" and q.requires_grad and q.shape[2] <= 256
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
 
 class SelfAttention(nn.Module):
     """Every pixel looks at every other: h + proj(attention(norm(h))). Keeps the shape (B, C, H, W)."""
@@ -132,7 +125,6 @@ class SelfAttention(nn.Module):
         x = self.proj(attend(*qkv.unbind(3)))
         return h + x.transpose(1, 2).reshape(h.shape)
 
-
 class CrossAttention(nn.Module):
     """Attention of the tokens x (B, T, C) to a context (B, S, D), or to themselves when it is None."""
 
@@ -149,7 +141,6 @@ class CrossAttention(nn.Module):
         q, k, v = (a.unflatten(2, (self.heads, -1)) for a in (self.q(x), self.k(context), self.v(context)))
         return self.out(attend(q, k, v))
 
-
 class GEGLU(nn.Module):
     """Feed-forward block of the transformer: the first half of the hidden units, gated by the second."""
 
@@ -161,7 +152,6 @@ class GEGLU(nn.Module):
     def forward(self, x):
         value, gate = self.up(x).chunk(2, dim=-1)
         return self.down(value * F.gelu(gate))
-
 
 class Transformer(nn.Module):
     """LDM's SpatialTransformer of depth 1: self-attention, attention to the context, feed-forward. Keeps the shape."""
@@ -183,13 +173,11 @@ class Transformer(nn.Module):
         x = x + self.ff(self.norm3(x))
         return h + self.proj_out(x).transpose(1, 2).reshape(h.shape)
 
-
 class Downsample(nn.Conv2d):
     """Halve the image by a strided convolution."""
 
     def __init__(self, ch):
         super().__init__(ch, ch, 3, stride=2, padding=1)
-
 
 class Upsample(nn.Conv2d):
     """Double the image: nearest neighbour, then a convolution that smooths it.
@@ -210,7 +198,6 @@ class Upsample(nn.Conv2d):
             w = torch.stack([last, middle + last, first + middle, first], dim)
         return F.conv_transpose2d(h, w.transpose(0, 1), self.bias, stride=2, padding=1)
 
-
 class Stage(nn.Module):
     """One station of the path: a residual block, attention, resampling; each may be missing."""
 
@@ -222,7 +209,6 @@ class Stage(nn.Module):
         h = h if self.res is None else self.res(h, emb)
         h = h if self.attn is None else self.attn(h, context)
         return h if self.resample is None else self.resample(h)
-
 
 class UNet(nn.Module):
     """The network. Stages are numbered as guided-diffusion numbers its input_blocks and output_blocks.
@@ -314,7 +300,6 @@ class UNet(nn.Module):
         h = F.silu(self.norm(h))
         with torch.autocast(z.device.type, enabled=False):
             return self.out(h.to(dtype))
-
 
 def param_count(net):
     return sum(p.numel() for p in net.parameters())

@@ -10,7 +10,6 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageDraw
 
-
 def draw_picture(index, size, seed=0):
     """Picture number `index` of the built-in data: (H, W, 3) uint8; its class is index % 10, in the order of SHAPES.
 
@@ -33,30 +32,24 @@ def draw_picture(index, size, seed=0):
         pen.polygon([(p.real, p.imag) for p in centre + scale * corners], fill)
     return np.asarray(image.resize((size, size), Image.Resampling.BOX))
 
-
 def _colour(rng, hue):
     """A fairly saturated colour (3,) in 0 … 255 by its hue in turns: three cosines, a third of a turn apart."""
     wave = 0.5 + 0.5 * np.cos(2 * np.pi * (hue + np.array([0, 1, 2]) / 3))
     return 255 * (rng.uniform(0.55, 1.0) * (0.15 + 0.85 * wave))
 
-
 # ---- the shapes -------------------------------------------------------------------------------------
 # Corners are complex numbers in the shape's own coordinates: centre 0, radius 1, y down. Discs and boxes
 # are polygons too, so that one line turns and places everything.
 
-
 def _disc(centre, radius):
     return centre + radius * np.exp(2j * np.pi * np.arange(48) / 48)
-
 
 def _box(left, top, right, bottom):
     return np.array([left + 1j * top, right + 1j * top, right + 1j * bottom, left + 1j * bottom])
 
-
 def _arc(start, end, corners):
     """On the unit circle, from one angle to another, in half turns."""
     return np.exp(1j * np.linspace(start, end, corners) * np.pi)
-
 
 _K, _A = np.arange(10), 2 * np.pi * np.arange(64) / 64
 _STAR = np.where(_K % 2, 0.42, 1.0) * np.exp(1j * np.pi * (_K / 5 - 0.5))
@@ -84,7 +77,6 @@ _PARTS = {
                                       (_disc(-0.38 - 0.25j, 0.17), _disc(0.38 - 0.25j, 0.17), _MOUTH))],
 }
 SHAPES = list(_PARTS)     # the classes' names
-
 
 class BuiltIn:
     """The built-in pictures as one of data.py's sources."""

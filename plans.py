@@ -9,16 +9,13 @@ from dataclasses import dataclass
 
 from trainer import learning_rate
 
-
 def halves(n):
     """n, n/2, n/4 … 2, each made even by rounding down: 64, 32, 16, 8, 4, 2 (DSDI)."""
     return [n] if n == 2 else [n, *halves(n // 4 * 2)]
 
-
 def downwards(n):
     """n, n − 2, n − 4 … 2 (DSDGL)."""
     return list(range(n, 0, -2))
-
 
 @dataclass(frozen=True)
 class Method:
@@ -29,7 +26,6 @@ class Method:
     teacher: bool = False                        # a frozen copy of the model, renewed at each depth, makes the targets
     data: bool = False                           # Algorithm 1: z_t from data at random t, not from a trajectory
 
-
 METHODS = {
     "dsdn": Method(lambda n: [n]),
     "dsdi": Method(halves),
@@ -39,7 +35,6 @@ METHODS = {
     "tsd": Method(halves, teacher=True),
     "pd": Method(halves, teacher=True, data=True),
 }
-
 
 def plan(schedule, steps, updates):
     """[(N_i, updates at this depth), …]: the U_i of section 4.1.1, counted in updates, which sum exactly to P.
@@ -61,7 +56,6 @@ def plan(schedule, steps, updates):
         ends.append(i + round(spare * total / sum(shares)))
     return [(depth, ends[i + 1] - ends[i]) for i, depth in enumerate(depths)]
 
-
 def locate(plan, step):
     """Where update number `step` falls: (depth N_i, which update of that depth)."""
     for depth, updates in plan:
@@ -70,7 +64,6 @@ def locate(plan, step):
         step -= updates
     raise IndexError("the plan is spent")
 
-
 def shares(args):
     """[(N_i, updates, share of the updates, share weighted by their learning rates)] of a plan (Figure 4)."""
     rows, step, rates = plan(args.schedule, args.steps, args.updates), 0, []
@@ -78,7 +71,6 @@ def shares(args):
         rates.append(sum(learning_rate(args, i) for i in range(step, step + updates)))
         step += updates
     return [(depth, n, n / args.updates, rate / sum(rates)) for (depth, n), rate in zip(rows, rates, strict=True)]
-
 
 def print_plan(args):
     """Print the plan as a table: Figure 4 in numbers."""

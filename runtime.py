@@ -18,8 +18,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 # ---- device and precision -------------------------------------------------------------------------------
-
-
 def pick_device(name="auto"):
     """`--device`: a torch device; auto takes CUDA, else the CPU. Exits if it can't be used.
 
@@ -41,17 +39,12 @@ def pick_device(name="auto"):
         _keep_freed_memory()
         if "LOCAL_RANK" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
             # That is torchrun's choice, however many cores there are; another number is the user's, and stays.
-            torch.set_num_threads(max(1, cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
     if "RANK" in os.environ and not dist.is_initialized():    # tensors on the CPU travel by gloo, on GPUs by NCCL
         dist.init_process_group("cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo",
                                 timeout=timedelta(minutes=30))
     return torch.device(name)
-
-
-def cores():
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
 
 def _keep_freed_memory():
     """Have glibc keep what PyTorch frees. It would give big blocks back to the system after each layer, and
@@ -61,7 +54,6 @@ def _keep_freed_memory():
         mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4        # from malloc.h
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, -1)
-
 
 def pick_dtype(name, device):
     """`--dtype`: auto is bf16 where the hardware multiplies in it (2-3x faster on such CPUs), else fp32."""
@@ -76,34 +68,26 @@ def pick_dtype(name, device):
     fast = torch.cpu._is_avx512_bf16_supported() if x86 else torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bf16" if fast else "fp32"
 
-
 def autocast(device, dtype):
     """Run convolutions and matrix products in bfloat16, weights and losses staying float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
-
 
 def memory_format(device):
     """The order of an image's values in memory that convolutions like best: pixels first, channels last on a GPU."""
     return torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
 
-
 # ---- several processes ----------------------------------------------------------------------------------
-
-
 def rank():
     """The number of this process, 0 … ranks() − 1: number 0 writes files, prints and shows progress."""
     return dist.get_rank() if dist.is_initialized() else 0
-
 
 def ranks():
     """How many processes share the work."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
-
 def local_rows(x):
     """This rank's share of the rows of a batch that all ranks know: (B, …) -> (B / ranks, …)."""
     return x.chunk(ranks())[rank()]
-
 
 def all_gather(x):
     """The shares of all ranks, as one batch on each of them: (B / ranks, …) -> (B, …). Waits for the device."""
@@ -113,7 +97,6 @@ def all_gather(x):
     dist.all_gather_object(shares, x.cpu())
     return torch.cat(shares).to(x.device)
 
-
 def broadcast(value):
     """What rank 0 has, on every rank: any plain values, or tensors on the CPU."""
     box = [value]
@@ -121,13 +104,11 @@ def broadcast(value):
         dist.broadcast_object_list(box)
     return box[0]
 
-
 def sum_over_ranks(x):
     """The sum over the ranks of a tensor, in place."""
     if ranks() > 1:
         dist.all_reduce(x)
     return x
-
 
 def map_over_ranks(jobs, work):
     """work(job) for each job of a list, shared out one by one: job i is done on rank i mod ranks.
@@ -144,22 +125,18 @@ def map_over_ranks(jobs, work):
             dist.gather_object(result, results)
         yield from (results or [])[:len(group)]
 
-
 def describe_device(device):
     """What a run runs on, in words."""
     return str(device) if ranks() == 1 else f"{ranks()} processes ({device.type})"
-
 
 def progress(**settings):
     """A tqdm bar, on rank 0 alone."""
     return tqdm(dynamic_ncols=True, disable=rank() > 0, **settings)
 
-
 def log_stderr(text):
     """A line for people, once: standard output is for results."""
     if rank() == 0:
         print(text, file=sys.stderr)
-
 
 def launch(main):
     """Run a script's main. Under torchrun only rank 0 prints, and tells errors that all meet or that end a rank."""
@@ -168,14 +145,15 @@ def launch(main):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     try:
         main()
-    except SystemExit as e:
-        if other and isinstance(e.code, str):
+    except (SystemExit, OSError) as e:
+        told = e.code if isinstance(e, SystemExit) else f"error: {e.filename or 'a file'}: {e.strerror or e}"
+        if other and isinstance(told, str):
             time.sleep(3)                                     # torchrun ends this process if rank 0 met the error too
         if ranks() == 1:
-            raise
-        code = 1 if isinstance(e.code, str) else e.code
-        if isinstance(e.code, str):
-            print(e.code, file=sys.stderr)
+            sys.exit(told)
+        code = 1 if isinstance(told, str) else told
+        if isinstance(told, str):
+            print(told, file=sys.stderr)
     except RuntimeError as e:
         lost = isinstance(e, dist.DistError) or any(sign in str(e) for sign in ("onnection", "imed out"))
         if ranks() == 1 or not lost:

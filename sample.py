@@ -26,29 +26,27 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import save_grid, to_pixels, whole_file
+from checkpoint import whole_file
+from data import save_grid, to_pixels
 from ddim import Denoiser, ddim_sample, start_noise
 from flags import at_least, device_flags
 from ldm import autoencoder_of, export, image_size, ldm_flag, load_model, model_hash
 from runtime import autocast, broadcast, launch, map_over_ranks, memory_format, pick_device, pick_dtype, progress, rank
 
 # ---- one batch, one grid --------------------------------------------------------------------------------
-
-
 class Sampler:
     """A checkpoint's model made ready to draw images by their number.
 
     xhat     Denoiser;  shape (C, H, W) of what it draws: an image, or the latents that LDM's autoencoder decodes
     classes  class indices given to image 0, 1, 2 … in turn, or None for an unconditional model;  w  their guidance
-    decode_batch  latents decoded at a time, as a 256x256 image needs 0.2 GB for it; None: what suits the device
     """
 
-    def __init__(self, net, state, device, dtype, classes=None, w=1.0, seed=0, decode_batch=None):
+    def __init__(self, net, state, device, dtype, classes=None, w=1.0, seed=0):
         self.xhat, self.shape = Denoiser.of(net, state), state["shape"]
         self.device, self.dtype, self.classes, self.w, self.seed = device, dtype, classes, w, seed
         self.autoencoder = autoencoder_of(state, device) if "ldm" in state else None
         self.image_shape = [3, image_size(state), image_size(state)] if self.autoencoder else self.shape
-        self.decode_batch = decode_batch or (8 if device.type == "cuda" else 1)
+        self.decode_batch = 8 if device.type == "cuda" else 1            # a 256x256 image needs 0.2 GB for it
 
     def labels(self, indices):
         """The classes (B,) of images number `indices`, on the device, or None."""
@@ -72,7 +70,6 @@ class Sampler:
         with autocast(self.device, self.dtype):
             return torch.cat([self.autoencoder.decode(z.to(self.device)) for z in x.split(self.decode_batch)])
 
-
 def draw_grid(samplers, steps, n, path):
     """One PNG: a row for every step count and, in it, every model; the same n noises in every row. Rank 0 draws it.
 
@@ -88,10 +85,7 @@ def draw_grid(samplers, steps, n, path):
             bar.update(s)
     save_grid(torch.cat(rows), path, columns=n, labels=labels)
 
-
 # ---- many images ----------------------------------------------------------------------------------------
-
-
 class Samples:
     """n images as files: 00000.png, 00001.png … in a folder, or one npz: arr_0 (N, H, W, 3) uint8, arr_1 (N,) classes.
 
@@ -103,17 +97,15 @@ class Samples:
     def __init__(self, path, n, sampler, settings, overwrite):
         self.path, self.n, self.sampler = path, n, sampler
         self.raw = Path(f"{path}.raw") if path.suffix == ".npz" else None
-        if self.raw:                                          # a folder may grow later, an npz can't
-            note, settings = Path(f"{path}.json"), settings | {"n": n}
-            found = [f for f in (path, self.raw) if f.exists()]
-        else:
-            note, found = path / "settings.json", list(self._pngs().values())
+        note = Path(f"{path}.json") if self.raw else path / "settings.json"
+        settings |= {"n": n} if self.raw else {}              # a folder may grow later, an npz can't
+        found = [f for f in (path, self.raw) if f.exists()] if self.raw else list(self._pngs().values())
         noted = {}
         with contextlib.suppress(OSError, ValueError):
             noted = json.loads(note.read_text())
+        others = [k for k in settings if noted.get(k) != settings[k]]
         if found and not noted:
             sys.exit(f"error: {path} holds images that sample.py did not write; choose another --save")
-        others = [k for k in settings if noted.get(k) != settings[k]]
         if found and others and not overwrite:
             sys.exit(f"error: {path} holds samples made with another {', '.join(others)}; "
                      f"choose another --save, or --overwrite them")
@@ -154,7 +146,6 @@ class Samples:
         with whole_file(self.path / f"{i:05d}.png") as tmp:
             Image.fromarray(image).save(tmp, "PNG")
 
-
 def save_images(sampler, steps, n, batch, samples):
     """Draw those of n images that are missing, batch by batch, the ranks in turn. Ctrl-C leaves whole images.
 
@@ -173,10 +164,7 @@ def save_images(sampler, steps, n, batch, samples):
         print(f"stopped with {bar.n:,} of {n:,} images; the same command, without --overwrite, goes on")
         sys.exit(130)
 
-
 # ---- command line ---------------------------------------------------------------------------------------
-
-
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("images")
@@ -197,8 +185,6 @@ def parse_args(argv=None):
     g = p.add_argument_group("LDM's models")
     ldm_flag(g)
     g.add_argument("--size", type=at_least(1), help="with --ldm: side of the images in pixels (default: 256)")
-    g.add_argument("--decode-batch", type=at_least(1), metavar="N",
-                   help="images of an LDM decoded at a time (default: 8 on a GPU, 1 on a CPU)")
     g = p.add_argument_group("rarely needed")
     g.add_argument("--raw", action="store_true", help="the weights themselves instead of their average (EMA)")
     g.add_argument("--batch", type=at_least(1), default=64, help="images at a time with --save (default: 64)")
@@ -213,7 +199,6 @@ def parse_args(argv=None):
         p.error(f"--out {args.out}: the grid is a .png")
     return args
 
-
 def pick_classes(wanted, guidance, state):
     """`--class` as class indices; all of them by default, None for a model without classes. Exits if impossible."""
     count, names = state["config"]["classes"], state["classes"]
@@ -225,18 +210,16 @@ def pick_classes(wanted, guidance, state):
             sys.exit(f"error: no class {c!r}; this model has {', '.join(names) or f'0 … {count - 1}'}")
     return [numbers[c] for c in wanted] if wanted else list(range(count)) or None
 
-
 def load_sampler(path, args, device, dtype):
     """(Sampler, state) of one checkpoint, with the classes, guidance and seed of the flags. Exits if it can't be."""
     net, state = load_model(path, device, not args.raw, args.ldm, args.size)
     classes = pick_classes(args.classes, args.guidance, state)
-    sampler = Sampler(net, state, device, dtype, classes, args.guidance, args.seed, args.decode_batch)
+    sampler = Sampler(net, state, device, dtype, classes, args.guidance, args.seed)
     try:
         sampler.xhat.schedule.times(max(args.steps))
     except ValueError as e:
         sys.exit(f"error: {path}: {e}")
     return sampler, state
-
 
 def main(argv=None):
     args = parse_args(argv)
@@ -250,30 +233,25 @@ def main(argv=None):
     if len({tuple(s.image_shape) for s in samplers.values()}) > 1:
         sys.exit("error: these models draw images of different sizes: they need a grid each")
     path = Path(args.export or args.save or args.out or Path(args.ckpt[-1]).parent)
-    try:
-        if args.export:
-            if rank() == 0:
-                export(sampler.xhat.net, state, path)
-        elif args.save:
-            settings = dict(ckpt=model_hash(args.ckpt[0]), steps=args.steps[0], seed=args.seed, classes=sampler.classes,
-                            guidance=args.guidance, weights="raw" if args.raw else "ema", dtype=dtype)
-            settings |= {"size": image_size(state)} if "ldm" in state else {}      # the others have only one
-            samples = None if rank() else Samples(path, args.n, sampler, settings, args.overwrite)
-            save_images(sampler, args.steps[0], args.n, args.batch, samples)
-        else:
-            path = path if path.suffix == ".png" else path / "grid.png"
-            draw_grid(samplers, args.steps, args.n or 10, path)
-    except OSError as e:
-        sys.exit(f"error: can't write {path} ({e.strerror or e})")
+    if args.export:
+        if rank() == 0:
+            export(sampler.xhat.net, state, path)
+    elif args.save:
+        settings = dict(ckpt=model_hash(args.ckpt[0]), steps=args.steps[0], seed=args.seed, classes=sampler.classes,
+                        guidance=args.guidance, weights="raw" if args.raw else "ema", dtype=dtype)
+        settings |= {"size": image_size(state)} if "ldm" in state else {}          # the others have only one
+        samples = None if rank() else Samples(path, args.n, sampler, settings, args.overwrite)
+        save_images(sampler, args.steps[0], args.n, args.batch, samples)
+    else:
+        path = path if path.suffix == ".png" else path / "grid.png"
+        draw_grid(samplers, args.steps, args.n or 10, path)
     print(f"wrote {path}{describe_history(state) if len(samplers) == 1 else ''}")
-
 
 def describe_history(state):
     """What was done to a distilled model, as the end of a sentence; nothing for one that was only trained."""
     runs = [h["how"] + (f", {h['updates']:,} updates" if "updates" in h else "")
             + (f" from {h['steps']} steps" if "steps" in h else "") for h in state.get("history", [])]
     return f" (the model: {'; then '.join(runs)})" if runs else ""
-
 
 if __name__ == "__main__":
     launch(main)

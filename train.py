@@ -39,10 +39,7 @@ PRESETS = {
 STEP = 1 / 128            # from t to t' in the self-distillation term: the paper samples these models with 128 steps
 LABEL_DROPOUT = 0.1       # how often a label gives way to the null class, so that guidance has something to push from
 
-
 # ---- Equation 1 -------------------------------------------------------------------------------------
-
-
 def training_loss(xhat, x, t, eps, y, b, step=STEP):
     """Equation 1: the diffusion loss plus self-distillation, from one evaluation with gradient.
 
@@ -66,11 +63,9 @@ def training_loss(xhat, x, t, eps, y, b, step=STEP):
     loss_x = (x1 - x2).square().mean()
     return (1 - b) * loss_v + b * loss_x, {"v": loss_v, "x": loss_x}
 
-
 def drop_labels(y, null, u, p=LABEL_DROPOUT):
     """Replace labels y (B,) by the null class with probability p, by the random numbers u (B,) ~ U[0, 1)."""
     return torch.where(u < p, null, y)
-
 
 def train(trainer, stream, b):
     """Training DSD (section 4.2): Equation 1 on batch after batch of a stream of (x, y), this rank's rows of each."""
@@ -85,7 +80,6 @@ def train(trainer, stream, b):
             trainer.backward(loss, terms)
         trainer.update()
 
-
 def sample_picture(trainer, count=80, columns=10):
     """Sample grid from the averaged weights, always with the same noise; with ten classes, each has its column."""
     if rank():
@@ -98,10 +92,7 @@ def sample_picture(trainer, count=80, columns=10):
                         trainer.args.sample_steps, y)
     save_grid(x, trainer.out / f"samples-{trainer.step:06d}.png", columns)
 
-
 # ---- command line ---------------------------------------------------------------------------------------
-
-
 def parse_args(argv=None):
     """Flags beat the settings of a resumed run, which beat the preset, which beats the defaults."""
     p = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__,
@@ -143,7 +134,6 @@ def parse_args(argv=None):
         p.error(f"--preset {args.preset} trains on real images: give their folder, zip or LMDB as --data")
     return args
 
-
 def make_config(args):
     """The UNet's config from --model and the flags that beat it. Exits if it can't be built or does not fit --size."""
     flags = {k: getattr(args, k) for k in ("channels", "mult", "blocks", "attention", "head_channels", "dropout")}
@@ -155,7 +145,6 @@ def make_config(args):
     if args.size % factor:
         sys.exit(f"error: --size {args.size} must be divisible by {factor}, as this model halves the image")
     return config
-
 
 def main(argv=None):
     args = parse_args(argv)
@@ -183,7 +172,6 @@ def main(argv=None):
     train(trainer, batches(images, args, trainer.step, device), args.distill)
     pictures = f" and {trainer.out}/samples-{trainer.step:06d}.png" if args.sample_every else ""
     print(f"done: {trainer.ckpt}{pictures}; few-step samples side by side: python sample.py --ckpt {trainer.ckpt}")
-
 
 if __name__ == "__main__":
     launch(main)

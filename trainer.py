@@ -28,11 +28,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import load_checkpoint, save_checkpoint
-from data import whole_file
+from checkpoint import load_checkpoint, save_checkpoint, whole_file
 from ddim import SCHEDULES, Denoiser
 from runtime import all_gather, autocast, local_rows, memory_format, progress, rank, ranks, sum_over_ranks
-
 
 class Trainer:
     """A network in training with its optimiser, its running average, its place in the run, and its files.
@@ -63,7 +61,6 @@ class Trainer:
         self.chance = torch.cuda if device.type == "cuda" else torch
 
     # ---- for the loop ----
-
     def denoiser(self, net=None):
         """x̂ of the network in training, or of one like it (an average, a teacher), as --compile wants it."""
         net = self.shared if net is None else net
@@ -137,7 +134,7 @@ class Trainer:
         due = lambda n: n and (self.step % n == 0 or self.step == a.updates)  # noqa: E731
         log_file = os.devnull if rank() or not self.out else self.out / "log.jsonl"
         signals = catch_signals() if self.out else contextlib.nullcontext(())    # without files nothing can be saved
-        with (disk_errors(self), signals as stopped, open(log_file, "a") as log,
+        with (signals as stopped, open(log_file, "a") as log,
               progress(total=a.updates, initial=self.step, unit="update") as bar):
             while self.step < a.updates and not stop:
                 lr = learning_rate(a, self.step)
@@ -186,7 +183,6 @@ class Trainer:
         return dict(zip(self.names, values.mean(0).tolist(), strict=True)), flag.item() > 0
 
     # ---- its files ----
-
     @property
     def ckpt(self):
         return self.out / "ckpt.pt"
@@ -228,7 +224,6 @@ class Trainer:
             print(f"resuming on {ranks()} processes what ran on {before}: the same images and the same noise, but "
                   f"gradients are summed in another order, and --dropout draws other masks: no longer bit for bit")
 
-
 def learning_rate(args, step):
     """Linear warm-up to --lr, then constant; with --lr-end half a cosine from --lr to there (section 5, Table 3)."""
     warm = min(1, (step + 1) / max(1, args.warmup))
@@ -237,12 +232,10 @@ def learning_rate(args, step):
     gone = max(0, step - args.warmup) / max(1, args.updates - 1 - args.warmup)
     return warm * (args.lr_end + (args.lr - args.lr_end) * (1 + math.cos(math.pi * min(1, gone))) / 2)
 
-
 @torch.no_grad()
 def update_ema(average, net, decay):
     """One step of a running average of weights: decay · average + (1 − decay) · net. decay 0 copies the weights."""
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
-
 
 def batches(images, args, start, device):
     """Yield this rank's rows of batch `start`, `start` + 1 … as (x, y) on the device; a thread reads one ahead."""
@@ -259,25 +252,12 @@ def batches(images, args, start, device):
             future = pool.submit(fetch, start)
             yield x.to(device, non_blocking=True, memory_format=memory_format(device)), y.to(device, non_blocking=True)
 
-
 # ---- the folder of a run ------------------------------------------------------------------------------
-
 RUN_FILES = "ckpt.pt", "log.jsonl", "samples-*.png"
-
 
 def what_is_kept(trainer):
     kept = trainer.out and trainer.ckpt.exists()
     return f"{trainer.ckpt} holds the last good checkpoint" if kept else "there is no checkpoint yet"
-
-
-@contextlib.contextmanager
-def disk_errors(trainer):
-    """A disk that is full, or gone, ends a run in one line."""
-    try:
-        yield
-    except OSError as e:
-        sys.exit(f"error: can't write to {trainer.out} ({e.strerror or e}); {what_is_kept(trainer)}")
-
 
 @contextlib.contextmanager
 def catch_signals():
@@ -298,7 +278,6 @@ def catch_signals():
     finally:
         for n, h in old.items():
             signal.signal(n, h)
-
 
 def check_out(args, more="--updates N asks for more"):
     """Look at flags and OUT before any work: the checkpoint to --resume from, or None. Exits if a run is in the way.
@@ -323,7 +302,6 @@ def check_out(args, more="--updates N asks for more"):
         sys.exit(f"error: {out} holds a run already: --resume goes on, --overwrite deletes it, --out takes another")
     return None
 
-
 def prepare_out(args, state):
     """Make OUT ready for the first update: an old run goes, after all checks, lest a typing error delete it.
 
@@ -332,13 +310,10 @@ def prepare_out(args, state):
     if rank():
         return
     out, log = Path(args.out), Path(args.out) / "log.jsonl"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for f in [f for pattern in RUN_FILES for f in out.glob(pattern) if not state]:
-            f.unlink()
-        if log.exists():
-            whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            with whole_file(log) as tmp:
-                tmp.write_text("".join(line for line in whole if json.loads(line)["step"] <= state["step"]))
-    except OSError as e:
-        sys.exit(f"error: can't write to {out} ({e.strerror})")
+    out.mkdir(parents=True, exist_ok=True)
+    for f in [f for pattern in RUN_FILES for f in out.glob(pattern) if not state]:
+        f.unlink()
+    if log.exists():
+        whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        with whole_file(log) as tmp:
+            tmp.write_text("".join(line for line in whole if json.loads(line)["step"] <= state["step"]))

@@ -51,13 +51,10 @@ METHODS = {
 }
 
 # ---- measuring ----------------------------------------------------------------------------------------
-
-
 def wait(device):
     """Until a GPU has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
 
 def race(contestants, repeats, device, title):
     """{name: [seconds of a call, …]} of {name: function without arguments}, which take turns.
@@ -79,7 +76,6 @@ def race(contestants, repeats, device, title):
                 bar.update()
     return times
 
-
 def table_rows(times, images, reference=None):
     """A dict for each of `race`'s contestants: the median, images per second, how many times as fast as `reference`.
 
@@ -90,7 +86,6 @@ def table_rows(times, images, reference=None):
     return [{"what": name, "s": median, "images/s": images / median} | {k: s / median for k, s in against.items()}
             | {"seconds": times[name]} for name, median in medians.items()]
 
-
 def matmul_peak(device, dtype, n=4096, repeats=10):
     """FLOP/s of a plain n x n matrix product: what arithmetic can reach here, measured."""
     a, b = (torch.randn(n, n, device=device).to(torch.bfloat16 if dtype == "bf16" else torch.float32) for _ in range(2))
@@ -100,17 +95,13 @@ def matmul_peak(device, dtype, n=4096, repeats=10):
     torch.set_float32_matmul_precision(before)
     return 2 * n ** 3 / statistics.median(times[""])
 
-
 def flops(call):
     """The floating-point operations of the convolutions and matrix products in a call, forward and backward."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
-
 # ---- one update at a time -----------------------------------------------------------------------------
-
-
 class OneUpdate(Trainer):
     """A Trainer whose loop ends after one update, to be called again for the next. Writes nothing."""
 
@@ -119,14 +110,12 @@ class OneUpdate(Trainer):
         self.step += 1
         self.pending.clear()
 
-
 def model_of(args):
     """(UNetConfig of --model, what a checkpoint would say of it)."""
     small = args.model in CONFIGS
     diffusion = dict(schedule="cosine", predicts="v") if small else DIFFUSION
     return (UNetConfig(**CONFIGS[args.model]) if small else MODELS[args.model].unet,
             diffusion | dict(shape=[3, args.size, args.size]))
-
 
 def one_update(script, args, net, layout=None, **settings):
     """(OneUpdate of a network with the flags of train.py or distill.py at next to no learning rate, random data)."""
@@ -139,12 +128,10 @@ def one_update(script, args, net, layout=None, **settings):
     x, y = x.contiguous(memory_format=layout), torch.zeros(args.batch, dtype=torch.long, device=args.device)
     return trainer, iter(lambda: (x, y), None)
 
-
 def training(args, net, b, layout=None, compile_mode=""):
     """A function that makes one update of train.py's loop."""
     trainer, stream = one_update(train, args, net, layout, compile=compile_mode)
     return lambda: train.train(trainer, stream, b)
-
 
 def distillation(args, name):
     """(A function that makes one update of distill.py's loop by one of METHODS, its Trainer)."""
@@ -154,7 +141,6 @@ def distillation(args, name):
     if trainer.args.schedule == "pd":
         return (lambda: distill.progressive(trainer, steps, stream)), trainer
     return (lambda: distill.fine_tune(trainer, steps)), trainer
-
 
 class DiffusersUNet(nn.Module):
     """diffusers' UNet2DModel of the same widths, depth, attention and parameter count."""
@@ -173,14 +159,10 @@ class DiffusersUNet(nn.Module):
     def forward(self, z, t):
         return self.net(z, 1000 * t).sample
 
-
 # ---- what is measured: each returns (title, rows) ---------------------------------------------------------
-
-
 def no_row(package, error):
     """Say why a comparison is missing."""
     log_stderr(f"no row for {package}, which can't be used here ({' '.join(str(error).split())[-120:]})")
-
 
 def train_rows(args):
     """Updates of train.py: forward, backward, clipping, Adam, average."""
@@ -209,7 +191,6 @@ def train_rows(args):
     return (f"Training updates of {args.batch} (MFU: GFLOP counted for our network, over the {reachable / 1e12:.3g} "
             f"TFLOP/s that a {args.dtype} product of two 4096 x 4096 matrices reaches)", rows)
 
-
 def peak(args, name):
     """Peak memory in bytes of a few updates of a method; meant for a fresh process."""
     args.device = pick_device(str(args.device))               # sets up the process as for a run
@@ -220,7 +201,6 @@ def peak(args, name):
         return torch.cuda.max_memory_allocated(args.device)
     status = Path("/proc/self/status")                        # elsewhere than on Linux there is no such number
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) if status.exists() else float("nan")
-
 
 def distill_rows(args):
     """Updates of distill.py, method by method, and their peak memory, each in a process of its own."""
@@ -243,7 +223,6 @@ def distill_rows(args):
         weights = param_count(UNet(model_of(args)[0])) * 4 / 2 ** 20
     return f"Distillation updates of {args.batch} ({weights:.1f} MiB of weights)", rows
 
-
 def sample_rows(args):
     """Images of sample.py's sampler, from noise to pixels or latents."""
     config, model_info = model_of(args)
@@ -254,7 +233,6 @@ def sample_rows(args):
     for row in rows:
         row["minutes for 50,000"] = 50_000 / row["images/s"] / 60
     return f"Sampling, {args.batch} images at a time", rows
-
 
 def fid_rows(args):
     """Inception features of images, float32 and bfloat16, and pytorch-fid's own network."""
@@ -276,7 +254,6 @@ def fid_rows(args):
     times = race(calls, max(2, args.repeats // 4), args.device, "features")
     return "Features for FID, 50 images at a time", table_rows(times, len(images), "pytorch-fid")
 
-
 def data_rows(args):
     """Batches out of the packed cache, as train.py's loop reads them in a thread beside its updates."""
     images, step = load_data(args.data, args.size, None, args.cache), count()
@@ -284,9 +261,7 @@ def data_rows(args):
                  torch.device("cpu"), "reading")
     return f"Batches of {args.batch} from the packed cache", table_rows(times, args.batch)
 
-
 GROUPS = {"train": train_rows, "distill": distill_rows, "sample": sample_rows, "fid": fid_rows, "data": data_rows}
-
 
 def explain(call, args):
     """Print where the time of a call goes and, on a GPU, for how much of it the GPU was at work at all."""
@@ -304,17 +279,13 @@ def explain(call, args):
                    if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation) / 1e6
         print(f"the GPU was at work for {busy / seconds:.0%} of the time; launching bounds what is far below 100 %")
 
-
 # ---- tables and command line ------------------------------------------------------------------------------
-
-
 def table(title, rows):
     """Markdown of one group's rows."""
     columns = [k for k in dict.fromkeys(k for row in rows for k in row) if k != "seconds"]
     cell = lambda v: str(v) if not isinstance(v, float) else f"{v:,.0f}" if v >= 1000 else f"{v:.3g}"  # noqa: E731
     lines = [f"**{title}**", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     return "\n".join([*lines, *(f"| {' | '.join(cell(row.get(k, '–')) for k in columns)} |" for row in rows)])
-
 
 def machine(args):
     """What the numbers were measured on, in words."""
@@ -323,7 +294,6 @@ def machine(args):
     name = f"{torch.get_num_threads()} threads of {cpu[1] if cpu else platform.processor() or platform.machine()}"
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else name
     return f"{name}, torch {torch.__version__}, {args.dtype}"
-
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(usage="%(prog)s [WHAT ...] [flags]", description=__doc__,
@@ -356,7 +326,6 @@ def parse_args(argv=None):
         p.error(f"--size {args.size}: {args.model} halves the image {len(model_of(args)[0].mult) - 1} times")
     return args
 
-
 def main(argv=None):
     args = parse_args(argv)
     args.device = pick_device(args.device)
@@ -380,7 +349,6 @@ def main(argv=None):
         sys.exit(f"error: can't write to {out} ({e.strerror or e})")
     print("\n".join([command, *text]))
     log_stderr(f"wrote {out}/bench.md and bench.json")
-
 
 if __name__ == "__main__":
     main()

@@ -21,7 +21,6 @@ RUNS = {
     "dsdgl, D = 0.98, 6e-5": ["--schedule", "dsdgl", "--lr", "6e-5", "--target-ema", "0.98"],
 }
 
-
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", default="out/train/ckpt.pt", help="the model to distil (default: out/train/ckpt.pt)")
@@ -47,7 +46,6 @@ def main(argv=None):
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(args.out, dpi=120, bbox_inches="tight")
     print(f"wrote {args.out}")
-
 
 if __name__ == "__main__":
     main()

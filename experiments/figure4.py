@@ -14,7 +14,6 @@ sys.path.insert(0, str(ROOT))
 import distill
 from plans import METHODS, halves, shares
 
-
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--updates", type=int, default=4000, metavar="P", help="updates in all (default: 4000)")
@@ -36,7 +35,6 @@ def main(argv=None):
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))      # beside the curves, not on them
     figure.savefig(given.out, dpi=120, bbox_inches="tight")
     print(f"wrote {given.out}")
-
 
 if __name__ == "__main__":
     main()

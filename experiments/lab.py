@@ -27,7 +27,6 @@ from trainer import Trainer
 SHAPE = [2, 1, 1]
 MODEL_INFO = dict(schedule="cosine", predicts="v", shape=SHAPE, classes=[])
 
-
 class Mixture:
     """Eight Gaussians on a circle, of different weights. Its denoiser is exact: x̂(z_t) = E[x | z_t]."""
 
@@ -52,7 +51,6 @@ class Mixture:
         means = self.mean + (a * self.std ** 2 / variance)[:, None] * off
         return (p[:, :, None] * means).sum(1)[:, :, None, None]
 
-
 class MLP(nn.Module):
     """v̂(z_t, t) of a point."""
 
@@ -66,7 +64,6 @@ class MLP(nn.Module):
     def forward(self, z, t):
         angle = torch.as_tensor(t, dtype=z.dtype).expand(len(z))[:, None] * self.freqs
         return self.layers(torch.cat([z[:, :, 0, 0], angle.sin(), angle.cos()], 1))[:, :, None, None]
-
 
 def trained(mixture, updates=3000, batch=512, seed=0):
     """An MLP trained as train.py trains (v-prediction, cosine schedule), its rate falling to zero."""
@@ -83,7 +80,6 @@ def trained(mixture, updates=3000, batch=512, seed=0):
         opt.step()
     return net.eval()
 
-
 def distilled(net, model_info, stream, schedule, lr, **settings):
     """The averaged weights of a copy of `net` after one of the methods, by the code of distill.py. Writes no files.
 
@@ -96,7 +92,6 @@ def distilled(net, model_info, stream, schedule, lr, **settings):
     distill.progressive(trainer, steps, stream) if schedule == "pd" else distill.fine_tune(trainer, steps)
     return trainer.ema
 
-
 def in_the_lab(net, mixture, schedule, lr, updates=600, batch=256, **settings):
     """`distilled` with data from the mixture."""
     torch.manual_seed(0)
@@ -104,13 +99,11 @@ def in_the_lab(net, mixture, schedule, lr, updates=600, batch=256, **settings):
     return distilled(net, MODEL_INFO, stream, schedule, lr, updates=updates, batch=batch, warmup=updates // 10,
                      dtype="fp32", **settings)
 
-
 def points(model, steps, n=4000, seed=1):
     """n samples (n, 2) of a network, or of the exact denoiser, in N steps, always from the same noise."""
     z = torch.randn(n, *SHAPE, generator=torch.Generator().manual_seed(seed))
     xhat = model if isinstance(model, Mixture) else Denoiser(model, Cosine(), "v")
     return ddim_sample(xhat, z, steps)[:, :, 0, 0]
-
 
 def distance(a, b, directions=64):
     """Sliced Wasserstein-2 distance of two sets of as many points (n, 2): 0 means the same distribution."""
@@ -119,15 +112,12 @@ def distance(a, b, directions=64):
     gap = (a @ axes).sort(0).values - (b @ axes).sort(0).values
     return gap.square().mean().sqrt().item()
 
-
 STEPS = 1, 2, 4, 8, 64
-
 
 def distances(model, mixture, n=4000):
     """Sliced Wasserstein-2 distance of N-step samples to the exact distribution, for N in STEPS."""
     exact = mixture.draw(n, torch.Generator().manual_seed(2))[:, :, 0, 0]
     return [distance(points(model, steps, n), exact) for steps in STEPS]
-
 
 def density(points, side=64, extent=1.8):
     """A picture (3, side, side) in [-1, 1] of where points (n, 2) lie: dark where many are."""
@@ -135,14 +125,12 @@ def density(points, side=64, extent=1.8):
     dark = np.sqrt(counts / np.quantile(counts, 0.995).clip(1)).clip(0, 1)
     return torch.from_numpy(1 - 2 * dark).float().expand(3, -1, -1)
 
-
 # Rates that improve 2 and 4 steps without spoiling 8, of 5e-6 … 3e-3; the last row is the steadied one of the README.
 METHODS = {
     "dsdn": dict(lr=1e-5), "dsdi": dict(lr=1e-5), "dsdgl": dict(lr=1e-5), "dsdgexp": dict(lr=1e-5),
     "tsd": dict(lr=5e-5), "pd": dict(lr=3e-5),
 }
 STEADIED = dict(schedule="dsdi", lr=2e-4, target_ema=0.995, ema=0.995)
-
 
 def main():
     mixture = Mixture()
@@ -159,7 +147,6 @@ def main():
                                           f"at N steps (`python experiments/lab.py`, seed 0)\n\n{table}\n")
     print(table)
     print("wrote docs/lab.md and docs/lab.png")
-
 
 if __name__ == "__main__":
     main()

@@ -21,7 +21,6 @@ RUNS = {name: ["--schedule", name] for name in METHODS} | {
     "dsdgl-average": ["--schedule", "dsdgl", "--target-ema", "0.98", "--lr", "7e-5"],
 }
 
-
 def distil_to_the_end(out, flags):
     """A run of distill.py into `out`: from its start, or from where it stopped; nothing if it is finished."""
     try:
@@ -29,7 +28,6 @@ def distil_to_the_end(out, flags):
     except SystemExit as e:
         if "is finished" not in str(e.code):
             raise
-
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,7 +48,6 @@ def main(argv=None):
     sample.main(["--ckpt", *ckpts, "--steps", "2", "4", "8", "--out", str(out / "grid.png")])
     fid.main(["--weights", "random", "-n", str(args.n), *data, "--steps", *map(str, args.steps), "--ckpt", *ckpts,
               "--out", str(out)])
-
 
 if __name__ == "__main__":
     main()

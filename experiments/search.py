@@ -36,7 +36,6 @@ SETTINGS = [
     dict(schedule="dsdi", lr=1e-5, target="x0"),
 ]
 
-
 class Features(nn.Module):
     """256 features of an image of any size: three strided convolutions with seeded random weights, averaged."""
 
@@ -55,12 +54,10 @@ class Features(nn.Module):
             x = conv(x).relu()
         return x.mean((2, 3))
 
-
 def statistics(features, batches):
     """Mean and covariance of the features of batches of images."""
     x = torch.cat([features(x) for x in batches]).double()
     return x.mean(0), x.T.cov()
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,7 +84,6 @@ def main():
         stream = batches(data, Namespace(batch=32, seed=0, flip=True), 0, device)
         row(" ".join(f"{k} {v}" for k, v in setting.items()),
             distilled(net, state, stream, dtype=pick_dtype("auto", device), **setting))
-
 
 if __name__ == "__main__":
     main()

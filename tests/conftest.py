@@ -13,10 +13,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 TINY = dict(channels=8, mult=(1, 2), blocks=1, attention=(), groups=4, head_channels=8)      # of a UNetConfig
 
-
 SMALL_RUN = ["--size", "8", "--channels", "16", "--mult", "1", "2", "--attention", "--batch", "8", "--sample-steps",
              "2", "--device", "cpu", "--log-every", "1", "--sample-every", "0", "--save-every", "5"]     # of train.py
-
 
 @pytest.fixture
 def small_run(tmp_path):
@@ -24,16 +22,13 @@ def small_run(tmp_path):
     return [*SMALL_RUN, "--data", labelled_images(tmp_path / "data"), "--cache", str(tmp_path / "cache"),
             "--out", str(tmp_path / "out")]
 
-
 def log_of(out):
     """The entries of a run's log."""
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
-
 def same(a, b):
     """Whether two state dicts are equal bit for bit."""
     return a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
-
 
 def labelled_images(folder, n=10, classes="ab", size=(8, 8)):
     """Random images in a sub-folder for each class. Returns the folder, as a flag wants it."""
@@ -43,7 +38,6 @@ def labelled_images(folder, n=10, classes="ab", size=(8, 8)):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(path)
     return str(folder)
-
 
 def start(script, *args, **kw):
     """A script of the project in a process of its own: Popen, its output and errors in one stream."""

@@ -20,7 +20,6 @@ from trainer import Trainer
 TINY = dict(channels=8, mult=(1, 2), blocks=1, attention=(), groups=4, head_channels=8, classes=3)
 METHODS = {"train": 2, "dsdi": 1, "tsd": 2, "pd": 1}         # and into how many parts a batch is taken
 
-
 class FourUpdates(Trainer):
     """Its loop makes four updates, of which the last leaves its gradients and no step."""
 
@@ -33,7 +32,6 @@ class FourUpdates(Trainer):
         self.gradients = {name: p.grad.clone() for name, p in self.net.named_parameters()}
         self.opt.step, self.opt.zero_grad = step, zero_grad
         zero_grad()
-
 
 def gradients(method, accumulate=1):
     """{name: gradient} after the fourth update's backward passes. method: train, or a schedule of distill.py."""
@@ -60,12 +58,10 @@ def gradients(method, accumulate=1):
     finally:
         torch.set_default_dtype(torch.float32)
 
-
 def main():
     found = {method: gradients(method, accumulate) for method, accumulate in METHODS.items()}
     if rank() == 0:
         torch.save(found, sys.argv[1])
-
 
 if __name__ == "__main__":
     launch(main)

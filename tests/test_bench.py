@@ -11,12 +11,10 @@ from model import UNet, param_count
 
 TINY = ["--model", "toy", "--size", "8", "--batch", "2", "--repeats", "1", "--dtype", "fp32", "--steps", "1", "3"]
 
-
 def settings(*flags):
     args = bench.parse_args([*TINY, *flags])
     args.device = torch.device("cpu")
     return args
-
 
 def test_every_group_leaves_its_rows(tmp_path, capsys):
     """Medians, rates and ratios that fit together, in Markdown and in JSON."""
@@ -34,7 +32,6 @@ def test_every_group_leaves_its_rows(tmp_path, capsys):
     assert text.strip() in capsys.readouterr().out
     assert re.search(r"^\| dsdi \|.*\| 2 \| – \|", text, flags=re.M) and "threads of" in text
 
-
 @pytest.mark.parametrize("name", bench.METHODS)
 def test_evaluations_and_copies_are_those_of_the_table(name):
     update, trainer = bench.distillation(settings(), name)
@@ -47,26 +44,22 @@ def test_evaluations_and_copies_are_those_of_the_table(name):
     assert len(calls) == evaluations
     assert len(nets) - 2 == (further != "–") and trainer.step == 2
 
-
 def test_contestants_take_turns_and_warm_up():
     order = []
     times = bench.race({k: lambda k=k: order.append(k) for k in "ab"}, 3, torch.device("cpu"), "")
     assert "".join(order) == "aaabbb" + "ab" * 3              # twice to warm up, once unrecorded, then in turn
     assert [len(t) for t in times.values()] == [3, 3]
 
-
 def test_the_count_of_operations_is_that_of_the_formula():
     """A 3x3 convolution: 2 · 9 · Cin · Cout · H · W · B; backward the same for its weights, and again for its input."""
     conv, x = torch.nn.Conv2d(4, 6, 3, padding=1), torch.randn(2, 4, 8, 8, requires_grad=True)
     assert bench.flops(lambda: conv(x).sum().backward()) == 3 * 2 * 9 * 4 * 6 * 8 * 8 * 2
-
 
 @pytest.mark.parametrize("model", ["toy", "small32", "unet64"])
 def test_the_unet_of_diffusers_has_our_size(model):
     config, _ = bench.model_of(bench.parse_args(["--model", model]))
     with torch.device("meta"):
         assert param_count(bench.DiffusersUNet(config, 32)) == param_count(UNet(config))
-
 
 @pytest.mark.parametrize("what,flags,message", [
     ([], ["--size", "9"], "--size 9"), ([], ["--batch", "0"], "--batch"), ([], ["--repeats", "0"], "--repeats"),

@@ -8,16 +8,14 @@ import torch
 from conftest import TINY
 from torch.testing import assert_close
 
-from checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
+from checkpoint import CheckpointError, WriteError, load_checkpoint, load_model, save_checkpoint
 from model import UNet, UNetConfig
 
 CONFIG = UNetConfig(**TINY)
 
-
 def state_of(net):
     return dict(config=asdict(net.config), weights=net.state_dict(), ema=net.state_dict(),
                 schedule="cosine", predicts="v", shape=[3, 8, 8], classes=[], step=3)
-
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     net = UNet(CONFIG)
@@ -27,13 +25,11 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     assert_close(back(z, 0.3), net(z, 0.3))
     assert state["step"] == 3 and [p.name for p in tmp_path.iterdir()] == ["c.pt"]
 
-
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
     save_checkpoint(tmp_path / "c.pt", state_of(UNet(CONFIG)))
     with pytest.raises((AttributeError, pickle.PicklingError)):
         save_checkpoint(tmp_path / "c.pt", {"config": lambda: 0})
     assert load_checkpoint(tmp_path / "c.pt")["step"] == 3
-
 
 def test_a_full_disk_is_a_one_line_error_and_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     def full(fd):
@@ -41,15 +37,13 @@ def test_a_full_disk_is_a_one_line_error_and_leaves_the_old_checkpoint(tmp_path,
 
     save_checkpoint(tmp_path / "c.pt", state_of(UNet(CONFIG)))
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(WriteError, match="No space left"):
         save_checkpoint(tmp_path / "c.pt", state_of(UNet(CONFIG)) | {"step": 4})
     assert load_checkpoint(tmp_path / "c.pt")["step"] == 3 and [p.name for p in tmp_path.iterdir()] == ["c.pt"]
-
 
 class Malicious:
     def __reduce__(self):
         return print, ("code from a file was run",)
-
 
 def test_unusable_checkpoints_are_one_line_errors_and_run_nothing(tmp_path, capsys):
     good = tmp_path / "good.pt"
@@ -66,7 +60,6 @@ def test_unusable_checkpoints_are_one_line_errors_and_run_nothing(tmp_path, caps
         message = str(e.value)
         assert message.startswith("error: ") and name in message and "\n" not in message
     assert "code from a file" not in capsys.readouterr().out
-
 
 def test_weights_that_do_not_fit_name_the_tensor(tmp_path):
     state = state_of(UNet(CONFIG))

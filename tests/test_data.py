@@ -37,7 +37,6 @@ from data import (
 )
 from pictures import SHAPES, draw_picture
 
-
 def png(array, mode=None, format="PNG", **kw):
     """An array, or an image, as the bytes of a file."""
     image = array if isinstance(array, Image.Image) else Image.fromarray(np.asarray(array))
@@ -45,11 +44,9 @@ def png(array, mode=None, format="PNG", **kw):
     (image.convert(mode) if mode else image).save(f, format, **kw)
     return f.getvalue()
 
-
 def photo(i, size=(20, 20)):
     rng = np.random.default_rng(i)
     return Image.fromarray(rng.integers(0, 255, (3, 3, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
-
 
 def write(folder, files):
     for name, content in files.items():
@@ -58,7 +55,6 @@ def write(folder, files):
         path.write_bytes(content)
     return folder
 
-
 def lmdb_of(path, files):
     """An LMDB folder as LSUN's are: encoded images under their names."""
     with lmdb.open(str(path), map_size=1 << 22) as env, env.begin(write=True) as txn:
@@ -66,11 +62,9 @@ def lmdb_of(path, files):
             txn.put(name.encode(), content)
     return path
 
-
 @pytest.fixture
 def cache(tmp_path):
     return tmp_path / "cache"
-
 
 @pytest.fixture
 def decoded(monkeypatch):
@@ -79,17 +73,13 @@ def decoded(monkeypatch):
     monkeypatch.setattr(data, "decode", lambda *a: (calls.append(1), original(*a))[1])
     return calls
 
-
 # ---- the built-in pictures ------------------------------------------------------------------------
-
-
 def test_builtin_pictures_are_deterministic_varied_and_labelled():
     first = [draw_picture(i, 16) for i in range(40)]
     assert all(np.array_equal(a, draw_picture(i, 16)) for i, a in enumerate(first))
     assert len({a.tobytes() for a in first}) == 40
     assert not np.array_equal(draw_picture(0, 16, seed=1), first[0])
     assert first[0].shape == (16, 16, 3) and first[0].dtype == np.uint8
-
 
 def test_builtin_classes_can_be_told_apart():
     """Nearest neighbour by shape alone (grey, contrast-normalised) finds the class most of the time."""
@@ -101,14 +91,12 @@ def test_builtin_classes_can_be_told_apart():
     guess = (test @ train.T).argmax(1) % 10
     assert (guess == np.arange(1000, 1100) % 10).mean() > 0.5  # chance is 0.1
 
-
 def test_builtin_pictures_are_what_caches_hold():
     """Up to a few pixels, as PIL's versions may differ. If this fails, raise data.VERSION: caches can't notice."""
     pattern = np.random.default_rng(0).standard_normal((16, 16, 3))
     found = [float((pattern * draw_picture(i, 16)).sum()) for i in range(10)]
     known = [-338.0, -767.0, -1090.0, 1184.0, -1241.0, -3238.0, -4729.0, -1050.0, 359.0, -2739.0]
     assert_close(found, known, rtol=0, atol=100)
-
 
 def test_builtin_data_is_packed_once_and_reused(cache, monkeypatch):
     monkeypatch.setattr(pictures.BuiltIn.__init__, "__defaults__", (50,))
@@ -118,10 +106,7 @@ def test_builtin_data_is_packed_once_and_reused(cache, monkeypatch):
     monkeypatch.setattr(pictures, "draw_picture", None)         # drawing again would fail
     assert np.array_equal(load_data(None, 8, cache=cache).pixels, images.pixels)
 
-
 # ---- sources ----------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def three(tmp_path):
     """The same seven images as a folder, a zip and an LMDB folder."""
@@ -134,13 +119,11 @@ def three(tmp_path):
         z.writestr("readme.txt", b"no image either")
     return [tmp_path / "faces", tmp_path / "faces.zip", lmdb_of(tmp_path / "church_outdoor_train_lmdb", files)]
 
-
 def test_folder_zip_and_lmdb_give_the_same_images(three, cache):
     a, b, c = (load_data(path, 8, cache=cache) for path in three)
     assert len(a) == 7 and a.classes == b.classes == c.classes == []
     assert np.array_equal(a.pixels, b.pixels) and np.array_equal(a.pixels, c.pixels)
     assert set(a.labels) == {-1}
-
 
 def test_a_source_is_read_from_any_item_on(three):
     for source in (*map(open_source, three), pictures.BuiltIn(7)):
@@ -151,7 +134,6 @@ def test_a_source_is_read_from_any_item_on(three):
             assert [label for *_, label in source.items(start, 8)] == list(source.labels[start:])
             assert [name for name, _ in rest] == [name for name, _ in everything[start:]]
             assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(rest, everything[start:], strict=True))
-
 
 def test_packing_that_stopped_at_its_very_end_reads_nothing_again(three, cache, monkeypatch, decoded):
     def interrupted(*a):
@@ -164,23 +146,19 @@ def test_packing_that_stopped_at_its_very_end_reads_nothing_again(three, cache, 
             load_data(path, 8, cache=cache)
         assert len(load_data(path, 8, cache=cache)) == len(decoded) == 7
 
-
 def test_nested_folders_name_the_classes(tmp_path, cache):
     files = {f"root/{c}/sub{i}/{i}.png": png(photo(i)) for c in ("cat", "dog") for i in range(3)}
     images = load_data(write(tmp_path / "pets", files), 8, cache=cache)
     assert images.classes == ["cat", "dog"] and list(images.labels) == [0, 0, 0, 1, 1, 1]
-
 
 def test_links_that_lead_back_up_are_walked_once(tmp_path, cache):
     folder = write(tmp_path / "x", {"a/1.png": png(photo(1)), "a/b/2.png": png(photo(2))})
     (folder / "a" / "b" / "up").symlink_to(folder)
     assert len(load_data(folder, 8, cache=cache)) == 2
 
-
 def test_a_stray_image_beside_the_class_folders_means_no_labels(tmp_path, cache):
     files = {"cat/1.png": png(photo(1)), "dog/1.png": png(photo(2)), "3.png": png(photo(3))}
     assert load_data(write(tmp_path / "pets", files), 8, cache=cache).classes == []
-
 
 @pytest.mark.parametrize("make,message", [
     (lambda p: p / "nowhere", "no such file or folder"),
@@ -194,7 +172,6 @@ def test_unusable_sources_are_one_line_errors(tmp_path, cache, make, message):
         load_data(make(tmp_path), 8, cache=cache)
     assert str(e.value).startswith("error: ") and "\n" not in str(e.value)
 
-
 def test_an_empty_zip_and_a_damaged_lmdb_are_one_line_errors(tmp_path, cache):
     zipfile.ZipFile(tmp_path / "empty.zip", "w").close()
     write(tmp_path / "church_lmdb", {"data.mdb": b"junk" * 5000})
@@ -204,10 +181,7 @@ def test_an_empty_zip_and_a_damaged_lmdb_are_one_line_errors(tmp_path, cache):
         with pytest.raises(DataError, match=message):
             load_data(tmp_path / name, 8, cache=cache)
 
-
 # ---- decoding ---------------------------------------------------------------------------------------
-
-
 ODD = {
     "grey.png": lambda: png(photo(0).convert("L")),
     "grey_alpha.png": lambda: png(photo(0).convert("LA")),
@@ -221,12 +195,10 @@ ODD = {
     "dot.png": lambda: png(photo(0, (1, 1))),
 }
 
-
 @pytest.mark.parametrize("name", ODD)
 def test_odd_formats_become_rgb(name):
     out = decode(ODD[name](), 8)
     assert out.shape == (8, 8, 3) and out.dtype == np.uint8
-
 
 def test_colours_survive_the_conversion():
     grey16 = decode(png(np.full((9, 9), 40_000, np.uint16)), 8)
@@ -236,7 +208,6 @@ def test_colours_survive_the_conversion():
     cmyk = np.asarray(to_rgb(Image.new("CMYK", (9, 9), (0, 255, 255, 0))))
     assert (cmyk[0, 0] == [255, 0, 0]).all()
 
-
 def test_a_rotated_photograph_stands_upright():
     image = Image.new("RGB", (16, 16), "black")
     image.paste("white", (0, 0, 16, 8))                         # the top half is white
@@ -244,7 +215,6 @@ def test_a_rotated_photograph_stands_upright():
     exif[0x0112] = 3                                            # taken upside down
     out = decode(png(image, exif=exif), 16)
     assert out[0].max() == 0 and out[-1].min() == 255
-
 
 def test_broken_files_are_skipped_with_one_line_and_keep_labels_in_step(tmp_path, cache, capfd):
     files = {f"{c}/{i:03}.jpg": png(photo(i, (64, 64)), format="JPEG") for c in "ab" for i in range(5)}
@@ -254,7 +224,6 @@ def test_broken_files_are_skipped_with_one_line_and_keep_labels_in_step(tmp_path
     assert len(images) == 7 and list(images.labels) == [0, 0, 0, 1, 1, 1, 1]
     lines = [line for line in capfd.readouterr().err.splitlines() if "skipped" in line]
     assert len(lines) == 1 and "skipped 4 of 11" in lines[0] and "a/001.jpg" in lines[0] and "…" in lines[0]
-
 
 @pytest.mark.parametrize("size,crop,box", [
     ((100, 60), None, (20, 0, 80, 60)),
@@ -267,13 +236,11 @@ def test_the_crop_is_centred(size, crop, box):
     left, top, right, bottom = centre_square(*size, crop)
     assert (left, top, right, bottom) == box
 
-
 def test_only_the_crop_is_shown():
     """But for the filter, which takes a few pixels from beyond its edge."""
     image = Image.new("RGB", (100, 60), "black")
     image.paste("white", (30, 10, 70, 50))
     assert decode(png(image), 8, crop=20).min() == 255 and decode(png(image), 8).min() < 50
-
 
 def test_resizing_does_not_alias():
     """One-pixel stripes shrunk by 8 must become grey; sampling without a filter would keep black or white."""
@@ -281,10 +248,7 @@ def test_resizing_does_not_alias():
     stripes[:, ::2] = 255
     assert np.abs(decode(png(stripes), 32).astype(int) - 127).max() < 8
 
-
 # ---- the cache -----------------------------------------------------------------------------------------
-
-
 def test_the_cache_notices_a_changed_source_or_setting(tmp_path, cache):
     folder = write(tmp_path / "x", {f"{i}.png": png(photo(i)) for i in range(3)})
     first = load_data(folder, 8, cache=cache)
@@ -296,7 +260,6 @@ def test_the_cache_notices_a_changed_source_or_setting(tmp_path, cache):
     assert not np.array_equal(changed.pixels[1], first.pixels[1])
     (folder / "9.png").write_bytes(png(photo(9)))
     assert len(load_data(folder, 8, cache=cache)) == 4
-
 
 def test_packing_killed_half_way_goes_on_and_ends_the_same(tmp_path, cache, decoded):
     """SIGKILL in the middle of packing, and a torn write besides; the result equals an undisturbed one."""
@@ -327,7 +290,6 @@ data.load_data({str(folder)!r}, 8, cache={str(cache)!r})
     assert len(whole) == 599 and np.array_equal(resumed.pixels, whole.pixels)
     assert np.array_equal(resumed.labels, whole.labels)
 
-
 def test_packing_begins_again_if_its_journal_was_torn(three, cache, monkeypatch, decoded):
     whole = load_data(three[0], 8, cache=cache)
     journal = whole.folder / "journal.json"
@@ -338,7 +300,6 @@ def test_packing_begins_again_if_its_journal_was_torn(three, cache, monkeypatch,
         again = load_data(three[0], 8, cache=cache)
         assert len(decoded) == 7 and np.array_equal(again.pixels, whole.pixels) and not journal.exists()
 
-
 def test_a_damaged_cache_is_named_not_used(tmp_path, cache):
     folder = write(tmp_path / "x", {f"{i}.png": png(photo(i)) for i in range(3)})
     images = load_data(folder, 8, cache=cache)
@@ -346,12 +307,10 @@ def test_a_damaged_cache_is_named_not_used(tmp_path, cache):
     with pytest.raises(DataError, match="damaged"):
         load_data(folder, 8, cache=cache)
 
-
 def test_an_unwritable_cache_is_a_one_line_error(tmp_path):
     folder = write(tmp_path / "x", {"1.png": png(photo(1)), "cache": b"a file where a folder should be"})
     with pytest.raises(DataError, match="--cache names another folder"):
         load_data(folder, 8, cache=folder / "cache")
-
 
 def test_of_two_runs_that_pack_at_once_one_does(tmp_path, cache, decoded):
     """In threads, which locks of files keep apart as they do processes."""
@@ -360,20 +319,17 @@ def test_of_two_runs_that_pack_at_once_one_does(tmp_path, cache, decoded):
         a, b = pool.map(lambda _: load_data(folder, 8, cache=cache), "ab")
     assert len(a) == len(b) == len(decoded) == 200 and len(list(cache.iterdir())) == 1
 
-
 def test_what_does_not_fit_on_the_disk_is_not_begun(three, cache, monkeypatch, decoded):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 1, 99))
     with pytest.raises(DataError, match="packing faces needs .* GB.*--cache names another folder"):
         load_data(three[0], 8, cache=cache)
     assert not decoded
 
-
 def test_other_ranks_wait_for_the_first(tmp_path, monkeypatch):
     assert not wait_for_first_rank(tmp_path / "file")           # the first is to make it
     monkeypatch.setenv("LOCAL_RANK", "1")
     threading.Timer(0.3, (tmp_path / "file").touch).start()
     assert wait_for_first_rank(tmp_path / "file") and (tmp_path / "file").exists()
-
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_packed_images_stay_on_disk(cache):
@@ -389,21 +345,16 @@ def test_packed_images_stay_on_disk(cache):
     images.batch(0, 64, seed=0)
     assert isinstance(images.pixels, np.memmap) and resident() - before < 20e6
 
-
 def resident():
     """Bytes of memory of this process that are no file's: the system can't take them back when it needs some."""
     return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
-
 # ---- batches and pictures ---------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def twelve(tmp_path, cache):
     """Image i is of class i % 2 and has the value 20 i everywhere."""
     files = {f"{'ab'[i % 2]}/{i:02}.png": png(np.full((8, 8, 3), 20 * i, np.uint8)) for i in range(12)}
     return load_data(write(tmp_path / "x", files), 8, cache=cache)
-
 
 def test_every_epoch_shows_every_image_once_in_a_new_order(twelve):
     seen = [twelve.batch(step, 8, seed=3)[0][:, 0, 0, 0] for step in range(6)]   # 48 images: 4 epochs
@@ -411,18 +362,15 @@ def test_every_epoch_shows_every_image_once_in_a_new_order(twelve):
     assert all(sorted(e) == list(range(0, 240, 20)) for e in epochs)
     assert len({tuple(e) for e in epochs}) == 4
 
-
 def test_a_batch_depends_on_step_and_seed_alone(twelve):
     a = twelve.batch(5, 8, seed=3)[0]
     twelve.batch(0, 8, seed=4)
     assert_close(twelve.batch(5, 8, seed=3)[0], a, rtol=0, atol=0)
     assert not torch.equal(twelve.batch(5, 8, seed=4)[0], a)
 
-
 def test_labels_go_with_their_images(twelve):
     x, y = twelve.batch(1, 12, seed=0)
     assert y.dtype == torch.int64 and torch.equal(torch.from_numpy(to_pixels(x)[:, 0, 0, 0] // 20 % 2).long(), y)
-
 
 def test_about_half_of_the_images_are_mirrored(tmp_path, cache):
     half = np.zeros((8, 8, 3), np.uint8)
@@ -432,13 +380,11 @@ def test_about_half_of_the_images_are_mirrored(tmp_path, cache):
     assert 0.4 < (left < 0).float().mean() < 0.6
     assert (images.batch(0, 400, seed=0, flip=False)[0][:, 0, 0, 0] > 0).all()
 
-
 def test_pixels_and_tensors_convert_exactly():
     pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     x = to_tensor(pixels)
     assert x.min() == -1 and x.max() == 1 and np.array_equal(to_pixels(x), pixels)
     assert (to_pixels(torch.tensor([-7.0, 7.0]).reshape(1, 1, 1, 2).expand(1, 3, 1, 2)) == [[[0] * 3, [255] * 3]]).all()
-
 
 def test_a_grid_shows_each_image_in_its_place_beside_its_label(tmp_path):
     x = torch.stack([torch.full((3, 8, 8), v) for v in (-1.0, 0.0, 1.0, 0.5, -0.5)])

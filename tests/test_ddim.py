@@ -24,14 +24,12 @@ from train import training_loss
 
 SHAPE = (64, 3, 4, 4)
 
-
 def random_times(n, schedule, seed=0):
     """n pairs 1 >= t > t1 >= 0, at least 1/128 apart."""
     rng = np.random.default_rng(seed)
     t1 = rng.uniform(0, 1 - 1 / 128, n)
     t = t1 + rng.uniform(1 / 128, 1 - t1)
     return torch.tensor(t), torch.tensor(t1)
-
 
 def ab(schedule, t):
     """α, σ of a float, by the definition in the paper, with numpy in float64."""
@@ -40,7 +38,6 @@ def ab(schedule, t):
     beta = np.linspace(math.sqrt(0.0015), math.sqrt(0.0195), 1000) ** 2
     a2 = np.float32(np.cumprod(1 - beta)[min(round(1000 * t), 999)]).astype(np.float64)
     return math.sqrt(a2), math.sqrt(1 - a2)
-
 
 class Point(torch.nn.Module):
     """Knows all data to be one image x0: predicts the exact v, ε or x, and counts how often it is asked."""
@@ -56,7 +53,6 @@ class Point(torch.nn.Module):
         x = self.x0.expand_as(z)
         return {"x": x, "eps": (z - a * x) / s, "v": (a * z - x) / s}[self.kind]
 
-
 class Gaussian(torch.nn.Module):
     """The ideal v-prediction for data N(m, d²) per pixel: x̂ = m + α d² (z − α m) / (α² d² + σ²)."""
 
@@ -70,7 +66,6 @@ class Gaussian(torch.nn.Module):
         eps_hat, x_hat = s * (z - a * self.m) / var, self.m + a * self.d ** 2 * (z - a * self.m) / var
         return a * eps_hat - s * x_hat
 
-
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedule_is_its_definition_finite_and_variance_preserving(name):
     schedule = SCHEDULES[name]()
@@ -81,7 +76,6 @@ def test_schedule_is_its_definition_finite_and_variance_preserving(name):
     a, s = schedule(torch.linspace(0, 1, 77))
     assert_close(a ** 2 + s ** 2, torch.ones(77, 1, 1, 1))
 
-
 def test_cosine_at_its_ends_is_exactly_data_and_exactly_noise():
     assert [v.item() for v in Cosine()(0.0)] == [1, 0]
     a, s = Cosine()(1.0)
@@ -90,7 +84,6 @@ def test_cosine_at_its_ends_is_exactly_data_and_exactly_noise():
     z = torch.randn(4, 3, 2, 2)
     for t, t1 in ((1.0, 0.5), (0.5, 0.0), (1.0, 0.0), (0.0, 0.0)):
         assert ddim_step(Cosine(), z, torch.tanh(z), t, t1).isfinite().all()
-
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_step_agrees_with_float64_for_a_time_per_image(name):
@@ -103,7 +96,6 @@ def test_step_agrees_with_float64_for_a_time_per_image(name):
         eps = (z[i].numpy().astype(np.float64) - a * x[i].numpy()) / s
         assert_close(out[i].double(), torch.tensor(a1 * x[i].numpy() + s1 * eps), rtol=1e-5, atol=1e-5)
 
-
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_inverse_gives_back_the_x_that_the_step_used(name):
     schedule = SCHEDULES[name]()
@@ -112,7 +104,6 @@ def test_inverse_gives_back_the_x_that_the_step_used(name):
     assert_close(ddim_inverse(schedule, z, ddim_step(schedule, z, x, t, t1), t, t1), x, rtol=1e-7, atol=1e-7)
     z1 = torch.randn(SHAPE, dtype=torch.double)
     assert_close(ddim_step(schedule, z, ddim_inverse(schedule, z, z1, t, t1), t, t1), z1, rtol=1e-7, atol=1e-7)
-
 
 def test_float32_target_is_close_to_float64_also_for_the_smallest_steps():
     """x'' divides by a difference of order 1/128: rounding must not grow to the size of the signal."""
@@ -124,7 +115,6 @@ def test_float32_target_is_close_to_float64_also_for_the_smallest_steps():
         both.append(ddim_target(xhat, zz, xhat(zz, tt), tt, tt - 1 / 128, tt - 2 / 128)[0].double())
     assert_close(*both, rtol=1e-4, atol=1e-4)
 
-
 def test_one_jump_with_the_target_lands_where_two_steps_do():
     z, xhat = torch.randn(2, 3, 8, 8, dtype=torch.double), Denoiser(lambda z, t: torch.tanh(z + t), Cosine(), "x")
     z1 = ddim_step(Cosine(), z, xhat(z, 0.9), 0.9, 0.6)
@@ -133,7 +123,6 @@ def test_one_jump_with_the_target_lands_where_two_steps_do():
     assert_close(landed, z2)
     assert_close(ddim_step(Cosine(), z, x2, 0.9, 0.3), z2)
     assert not torch.allclose(x2, xhat(z, 0.9), atol=1e-3)  # and it is news to the model
-
 
 @pytest.mark.parametrize("kind", ["v", "eps", "x"])
 def test_every_prediction_stands_for_the_same_clean_image(kind):
@@ -144,15 +133,12 @@ def test_every_prediction_stands_for_the_same_clean_image(kind):
     back = to_x(kind, out, z, a, s)
     assert_close(back, x)
 
-
 def test_an_unknown_prediction_is_refused():
     with pytest.raises(ValueError, match="unknown prediction 'score'"):
         to_x("score", *torch.zeros(4))
 
-
 def test_truncated_snr_is_the_snr_but_at_least_one():
     assert_close(WEIGHTS["snr"](torch.tensor([-3.0, 0.0, 2.0])), torch.tensor([1.0, 1.0, math.exp(2)]))
-
 
 def test_ldm_times_are_the_originals_where_n_divides_1000_and_exactly_n_elsewhere():
     steps = lambda n: [round(1000 * t) for t in LDMDiscrete().times(n)]  # noqa: E731
@@ -167,7 +153,6 @@ def test_ldm_times_are_the_originals_where_n_divides_1000_and_exactly_n_elsewher
         with pytest.raises(ValueError, match="between 1 and 999"):
             LDMDiscrete().times(n)
 
-
 @pytest.mark.parametrize("kind,name", [("v", "cosine"), ("x", "cosine"), ("eps", "ldm"), ("v", "ldm")])
 @pytest.mark.parametrize("steps", [2, 7])
 def test_data_in_one_point_is_sampled_exactly_in_n_evaluations(kind, name, steps):
@@ -180,11 +165,9 @@ def test_data_in_one_point_is_sampled_exactly_in_n_evaluations(kind, name, steps
     tolerance = 1e-9 if name == "cosine" else 3 * s.item() + (1 - a.item())
     assert (x - x0).abs().max() < tolerance * (1 + z.abs().max())
 
-
 def chance(x):
     """Times ~ U(0, 1] and noise for the images x."""
     return 1 - torch.rand(len(x), dtype=x.dtype), torch.randn_like(x)
-
 
 def test_data_in_one_point_has_no_loss():
     """Also for t < 1/128, where both small steps end at 0."""
@@ -192,7 +175,6 @@ def test_data_in_one_point_has_no_loss():
     x = x0.expand(2000, 3, 4, 4)
     loss, terms = training_loss(Denoiser(Point(x0, Cosine(), "v"), Cosine()), x, *chance(x), None, 0.15)
     assert max(loss, terms["v"], terms["x"]) < 1e-18
-
 
 def test_gaussian_data_is_sampled_as_the_closed_form_says():
     """For N(m, d²) each DDIM step is linear in z − α m; with many steps the end is m + d · noise, the exact flow."""
@@ -207,7 +189,6 @@ def test_gaussian_data_is_sampled_as_the_closed_form_says():
     assert_close(ddim_sample(xhat, z, 8), m + gain * z)
     assert_close(ddim_sample(xhat, z, 2000), m + d * z, rtol=2e-3, atol=2e-3)
 
-
 def test_gaussian_data_has_the_loss_of_the_closed_form():
     """E‖v̂ − v‖² = E[d² / (α² d² + σ²)] over t; x' − x'' is linear in z and known at each t."""
     torch.manual_seed(0)
@@ -219,11 +200,9 @@ def test_gaussian_data_has_the_loss_of_the_closed_form():
     assert_close(terms["v"].item(), gaussian_v(t, d), rtol=1.5e-2, atol=0)
     assert_close(terms["x"].item(), gaussian_x(t, d, step), rtol=3e-2, atol=0)
 
-
 def gaussian_v(t, d):
     a, s = np.cos(np.pi * t / 2), np.sin(np.pi * t / 2)
     return np.mean(d ** 2 / (a ** 2 * d ** 2 + s ** 2))
-
 
 def gaussian_x(t, d, step):
     """E(x' − x'')²: with g(t → t') the gain of one DDIM step, both x are m + gain · (z − α m)."""
@@ -234,7 +213,6 @@ def gaussian_x(t, d, step):
     r = s(t2) / s(t)
     x1, x2 = a(t) * d ** 2 / var(t), (gain(t, t1) * gain(t1, t2) - r) / (a(t2) - r * a(t))
     return np.mean((x1 - x2) ** 2 * var(t))
-
 
 def test_the_gradient_flows_only_through_the_first_evaluation():
     """The target x'' is made by the same weights, but is a constant to the gradient."""
@@ -256,14 +234,12 @@ def test_the_gradient_flows_only_through_the_first_evaluation():
     assert_close(grad(1.0), expected)
     assert_close(grad(0.15), 0.85 * grad(0.0) + 0.15 * expected)
 
-
 @pytest.mark.parametrize("b,evaluations", [(0.0, 1), (0.15, 2)])
 def test_plain_training_pays_for_one_evaluation_and_distillation_for_two(b, evaluations):
     net = Point(torch.zeros(1, 3, 4, 4), Cosine(), "v")
     x = torch.randn(8, 3, 4, 4)
     training_loss(Denoiser(net, Cosine()), x, *chance(x), None, b)
     assert net.calls == evaluations
-
 
 def test_guidance_is_null_plus_w_times_the_difference_and_one_batch():
     calls = []
@@ -281,9 +257,9 @@ def test_guidance_is_null_plus_w_times_the_difference_and_one_batch():
     with pytest.raises(ValueError, match="null class"):
         Denoiser(net, Cosine(), "x")(z, 0.5, y, 2.0)
 
-
 def test_start_noise_depends_on_seed_and_index_alone():
     a = start_noise(5, range(10), (3, 8, 8))
     assert_close(start_noise(5, [7, 2], (3, 8, 8)), a[[7, 2]], rtol=0, atol=0)
     assert not torch.equal(start_noise(6, [0], (3, 8, 8))[0], a[0])
+    assert len(start_noise(5, range(40), (3, 8, 8)).flatten(1).unique(dim=0)) == 40
     assert abs(a.mean()) < 0.1 and abs(a.std() - 1) < 0.1

@@ -23,14 +23,12 @@ from trainer import Trainer
 CPU = torch.device("cpu")
 SHAPE = [3, 8, 8]
 
-
 @pytest.fixture
 def double():
     """Everything in float64: what is drawn, the times, the networks."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
 
 def tiny_net(classes=0, seed=0):
     """A UNet whose layers all matter (none is zero), in float64."""
@@ -39,7 +37,6 @@ def tiny_net(classes=0, seed=0):
     for p in net.parameters():
         p.data = p.data + 0.1 * torch.randn_like(p)
     return net
-
 
 class Watched(Trainer):
     """A Trainer without files that calls before(step) and after(step) around each update of its loop."""
@@ -53,7 +50,6 @@ class Watched(Trainer):
             self.after(self.step)
             self.step += 1
 
-
 def a_run(net, schedule="dsdi", steps=8, updates=12, **kw):
     """(Trainer, its plan), for `distill.fine_tune` or `distill.progressive`."""
     args = distill.parse_args(["--schedule", schedule, "--steps", str(steps), "--updates", str(updates)])
@@ -61,7 +57,6 @@ def a_run(net, schedule="dsdi", steps=8, updates=12, **kw):
     trainer = Watched(args, net.requires_grad_(True), CPU, dict(schedule="cosine", predicts="v", shape=SHAPE),
                       ema_warmup=False)
     return trainer, plan(schedule, steps, updates)
-
 
 class Calls(list):
     """What networks were called with: (network, z, t of the first image, y, whether gradients were on)."""
@@ -72,7 +67,6 @@ class Calls(list):
                 (net, a[0], a[1][0].item(), a[2] if len(a) > 2 else None, torch.is_grad_enabled())))
         return self
 
-
 @pytest.fixture
 def ckpt(tmp_path):
     """Checkpoint of a tiny model, as train.py would leave it, made of random weights."""
@@ -82,7 +76,6 @@ def ckpt(tmp_path):
         p.data = p.data + 0.02 * torch.randn_like(p)
     return write_ckpt(net, tmp_path / "train" / "ckpt.pt")
 
-
 def write_ckpt(net, path, classes=()):
     path.parent.mkdir(parents=True, exist_ok=True)
     state = dict(config=asdict(net.config), schedule="cosine", predicts="v", shape=SHAPE, classes=list(classes),
@@ -91,16 +84,12 @@ def write_ckpt(net, path, classes=()):
     save_checkpoint(path, state)
     return path
 
-
 def flags(ckpt, out, **kw):
     base = dict(steps=8, updates=12, batch=4, device="cpu", dtype="fp32", log_every=1, save_every=5, lr=1e-4)
     pairs = [[f"--{k.replace('_', '-')}", str(v)] for k, v in (base | kw).items()]
     return ["--ckpt", str(ckpt), "--out", str(out), *sum(pairs, [])]
 
-
 # ---- the loss --------------------------------------------------------------------------------------------
-
-
 def by_hand(net, z, t, t1, t2, weight, target, teacher=None):
     """Algorithm 2 (with a teacher: targets of Algorithm 1), written out for the cosine schedule and v-prediction."""
     a, s = math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)
@@ -117,7 +106,6 @@ def by_hand(net, z, t, t1, t2, weight, target, teacher=None):
     snr = a * a / (s * s)
     w = {"snr": max(snr, 1), "none": 1}[weight]
     return w * (x - goal).square().mean(), z2
-
 
 @pytest.mark.parametrize("target", ["ddim", "x0"])
 @pytest.mark.parametrize("weight", ["snr", "none"])
@@ -138,7 +126,6 @@ def test_one_update_is_algorithm_2(target, weight, frozen, i):
     assert_close(z2, z_want)
     assert_close(torch.autograd.grad(loss, list(net.parameters())), want[0])
 
-
 def test_only_x_prime_has_a_gradient():
     """Every weight gets one from the first evaluation; none flows through the second, the target, or a teacher."""
     net, average, teacher = tiny_net(), tiny_net(seed=1), tiny_net(seed=2)
@@ -153,7 +140,6 @@ def test_only_x_prime_has_a_gradient():
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
     assert all(p.grad is None for n in (average, teacher) for p in n.parameters())
 
-
 class Constant(nn.Module):
     """The model of a world of one picture: it knows the answer at every t (as v), but for an error at t > 0.9."""
 
@@ -167,7 +153,6 @@ class Constant(nn.Module):
         a, s = Cosine()(t)
         return (a * z - self.x - self.error * (t > 0.9).reshape(-1, 1, 1, 1)) / s
 
-
 @pytest.mark.parametrize("schedule", ["dsdn", "dsdi", "dsdgl", "dsdgexp", "tsd"])
 @pytest.mark.parametrize("error", [0.0, 0.5])
 def test_a_model_that_knows_the_answer_does_not_move(schedule, error, double):
@@ -180,10 +165,7 @@ def test_a_model_that_knows_the_answer_does_not_move(schedule, error, double):
     moved = (net.x - before).abs().max().item()
     assert moved < 1e-5 if error == 0 else moved > 1e-3
 
-
 # ---- the loops -----------------------------------------------------------------------------------------------
-
-
 def test_a_trajectory_walks_the_chain_and_starts_again(double):
     """Two evaluations an update at t, t'; from noise down to t'' = 0, then fresh noise; z_t'' is the next z_t."""
     trainer, steps = a_run(tiny_net(), "dsdn", steps=8, updates=9)
@@ -202,7 +184,6 @@ def test_a_trajectory_walks_the_chain_and_starts_again(double):
         z = first[start_of_a_walk][1]
         assert abs(z.mean()) < 0.2 and abs(z.std() - 1) < 0.1
 
-
 def test_a_depth_that_ends_cuts_its_trajectory_short():
     trainer, steps = a_run(tiny_net().float(), "dsdi", steps=8, updates=8)
     assert steps[0][1] < 4                                    # less than one walk
@@ -210,7 +191,6 @@ def test_a_depth_that_ends_cuts_its_trajectory_short():
     distill.fine_tune(trainer, steps)
     want = [1 - 2 * (u % (depth // 2)) / depth for depth, n in steps for u in range(n)]
     assert [t for _, _, t, _, _ in calls[0::2]] == want
-
 
 @pytest.mark.parametrize("schedule", ["tsd", "pd"])
 def test_the_teacher_is_frozen_and_replaced_at_each_depth(schedule):
@@ -231,7 +211,6 @@ def test_the_teacher_is_frozen_and_replaced_at_each_depth(schedule):
         distill.fine_tune(trainer, steps)
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
 
-
 def test_tsd_follows_the_teacher_not_the_student(double):
     trainer, steps = a_run(tiny_net(), "tsd", steps=8, updates=12)
     z = []
@@ -239,7 +218,6 @@ def test_tsd_follows_the_teacher_not_the_student(double):
     distill.fine_tune(trainer, steps[:1] * 3)                 # the first depth only: its teacher is the first student
     _, z_want = by_hand(tiny_net(), z[0], 0.75, 0.625, 0.5, "snr", "ddim")
     assert_close(z[1], z_want)
-
 
 @pytest.mark.parametrize("decay", [0.5, 0.9])
 def test_target_ema_is_a_running_average(decay):
@@ -262,7 +240,6 @@ def test_target_ema_is_a_running_average(decay):
     distill.fine_tune(trainer, steps)
     assert set(trainer.extra_state) == (set() if decay == 0.9 else {"target"})
 
-
 @pytest.mark.parametrize("ema", [0.9, 0.0])
 def test_plain_dsd_holds_no_second_set_of_weights(ema):
     trainer, steps = a_run(tiny_net().float(), ema=ema)
@@ -270,7 +247,6 @@ def test_plain_dsd_holds_no_second_set_of_weights(ema):
     distill.fine_tune(trainer, steps)
     assert {net for net, *_ in calls} == {trainer.net}
     assert trainer.extra_state == {} and set(trainer.carried) == {"z", "ends"}
-
 
 def test_pd_draws_t_on_the_students_grid(monkeypatch):
     """z_t from data at t = i / (N/2), uniformly; the teacher's two half-steps end on the grid again."""
@@ -293,7 +269,6 @@ def test_pd_draws_t_on_the_students_grid(monkeypatch):
     a, s = Cosine()(t)
     eps = (z - a * x) / s
     assert abs(eps.mean()) < 0.02 and abs(eps.std() - 1) < 0.02
-
 
 @pytest.mark.parametrize("schedule", ["dsdi", "tsd"])
 def test_guidance_is_the_same_in_all_evaluations(schedule, monkeypatch):
@@ -321,7 +296,6 @@ def test_guidance_is_the_same_in_all_evaluations(schedule, monkeypatch):
     assert all(torch.equal(labels[i], labels[i - 1]) != (i in starts) for i in range(1, 12))
     assert torch.cat(labels).unique().tolist() == [0, 1, 2, 3, 4]
 
-
 def test_guided_prediction_is_what_is_distilled():
     net = tiny_net(classes=5)
     xhat, z = Denoiser(net, Cosine(), "v", 5), torch.randn(4, *SHAPE).double()
@@ -332,10 +306,7 @@ def test_guided_prediction_is_what_is_distilled():
     loss, z2 = distill.distillation_loss(xhat, z, *times, y, w, xhat)
     assert_close((loss, z2), (want, z_want))
 
-
 # ---- runs ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("schedule", METHODS)
 def test_the_command_line_end_to_end(schedule, ckpt, tmp_path, monkeypatch, capsys):
     """Checkpoint, log and picture; only pd reads data; sample.py and fid.py take the result as any other."""
@@ -361,13 +332,11 @@ def test_the_command_line_end_to_end(schedule, ckpt, tmp_path, monkeypatch, caps
     sample.main(["--ckpt", str(out / "ckpt.pt"), "--steps", "2", "-n", "2", "--device", "cpu"])
     assert (out / "grid.png").exists() and f"{schedule}, 12 updates from 8 steps" in capsys.readouterr().out
 
-
 def test_a_distilled_model_can_be_distilled_again(ckpt, tmp_path):
     distill.main(["--schedule", "dsdn", *flags(ckpt, tmp_path / "a")])
     distill.main(["--schedule", "tsd", *flags(tmp_path / "a" / "ckpt.pt", tmp_path / "b")])
     state = load_checkpoint(tmp_path / "b" / "ckpt.pt")
     assert [h["how"] for h in state["history"]] == ["train", "dsdn", "tsd"]
-
 
 @pytest.mark.parametrize("extra", [["--schedule", "dsdi", "--target-ema", "0.5"], ["--schedule", "tsd"],
                                    ["--schedule", "pd"]])
@@ -391,7 +360,6 @@ def test_a_killed_run_resumes_bit_for_bit(extra, ckpt, tmp_path):
     drop = lambda log: [{k: v for k, v in e.items() if k != "images_per_s"} for e in log]  # noqa: E731
     assert drop(log_of(tmp_path / "whole")) == drop(log_of(tmp_path / "killed"))
 
-
 def test_a_conditional_model_is_distilled_with_guidance(tmp_path):
     torch.manual_seed(0)
     ckpt = write_ckpt(UNet(UNetConfig(**TINY, classes=2)), tmp_path / "c" / "ckpt.pt", ["a", "b"])
@@ -399,18 +367,15 @@ def test_a_conditional_model_is_distilled_with_guidance(tmp_path):
     state = load_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert state["classes"] == ["a", "b"] and 1 <= state["carried"]["w"].max() <= 2
 
-
 def test_a_run_that_drifts_is_ended_with_the_last_good_checkpoint(ckpt, tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"(?s)trajectories end with a .*last good checkpoint.*--target-ema"):
         distill.main([*flags(ckpt, tmp_path / "out", lr=0.3, updates=400, save_every=1, drift=1.3, warmup=0)])
     state = load_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert 0 < state["step"] < 400 and all(torch.isfinite(v).all() for v in state["weights"].values())
 
-
 def test_drift_0_lets_a_run_go_where_it_will(ckpt, tmp_path):
     distill.main(flags(ckpt, tmp_path / "out", lr=0.3, updates=40, drift=0, warmup=0))
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 40
-
 
 def test_a_loss_that_is_not_finite_ends_the_run(ckpt, tmp_path, monkeypatch):
     real = distill.distillation_loss
@@ -425,7 +390,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(ckpt, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="not finite at update 8.*last good checkpoint"):
         distill.main(flags(ckpt, tmp_path / "out"))
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 5
-
 
 def test_what_cant_work_is_refused(ckpt, tmp_path, capsys):
     out = tmp_path / "out"
@@ -448,7 +412,6 @@ def test_what_cant_work_is_refused(ckpt, tmp_path, capsys):
     with pytest.raises(SystemExit):
         distill.main(["--resume", "--out", str(out), "--updates", "20"])
     assert "can't change --updates" in capsys.readouterr().err
-
 
 def test_scores_on_the_way(ckpt, tmp_path):
     distill.main([*flags(ckpt, tmp_path / "out", updates=3), "--fid-every", "3", "--fid-samples", "4", "--weights",

@@ -35,7 +35,6 @@ GOLDEN = np.load(HERE / "fid_golden.npz")
 KEYS = json.loads((HERE / "inception_keys.json").read_text())
 CPU = torch.device("cpu")
 
-
 def synthetic(key, shape):
     g = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     if key.endswith("num_batches_tracked"):
@@ -49,11 +48,9 @@ def synthetic(key, shape):
         return z / math.sqrt(shape[1])
     return 1 + 0.1 * z if key.endswith("bn.weight") else 0.1 * z
 
-
 @pytest.fixture(scope="module")
 def released():
     return {k: synthetic(k, s) for k, s in KEYS}
-
 
 class Tiny(torch.nn.Module):
     """A stand-in for Inception with 6 features: means of colours, and of their squares."""
@@ -67,13 +64,11 @@ class Tiny(torch.nn.Module):
         f = torch.cat([x.mean((2, 3)), x.square().mean((2, 3))], 1)
         return f, self.fc(f)
 
-
 @pytest.fixture
 def tiny(monkeypatch):
     features = inception.Features(Tiny(), "tiny", CPU)
     monkeypatch.setattr(fid, "load_features", lambda *a: features)
     return features
-
 
 class Rows:
     """A stand-in for Features: `numbered` image i has row i of an array as its features, and of another as logits."""
@@ -93,10 +88,8 @@ class Rows:
         images = np.stack([np.arange(n) >> shift & 255 for shift in (0, 8, 16)], 1).astype(np.uint8)[:, None, None]
         return fid.statistics_of_batches(fid.own_batches(images, batch), n, self, {}, "rows", **kw)
 
-
 def pictures(n, seed=0, shape=(8, 8, 3)):
     return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
-
 
 def folder_of(path, images):
     path.mkdir()
@@ -104,16 +97,12 @@ def folder_of(path, images):
         Image.fromarray(image).save(path / f"{i:03}.png")
     return path
 
-
 # ---- the network ------------------------------------------------------------------------------------------
-
-
 def test_the_synthetic_weights_are_the_reference_ones(released):
     """If this fails, the random stream differs, and nothing below can match."""
     for (key, _), (total, absolute, first) in zip(KEYS, GOLDEN["weights_check"], strict=True):
         w = released[key].double().flatten()
         assert abs(w.sum() - total) <= 1e-6 * absolute and abs(w[0] - first) <= 1e-6 * max(absolute, 1)
-
 
 @pytest.mark.parametrize("tag", ["64", "32x48", "400x360"])
 def test_features_and_logits_are_those_of_pytorch_fid(released, tag):
@@ -124,14 +113,12 @@ def test_features_and_logits_are_those_of_pytorch_fid(released, tag):
         reference = torch.from_numpy(GOLDEN[f"{name}_{tag}"])
         assert (out - reference).norm() / reference.norm() < 2e-5
 
-
 def test_images_of_different_sizes_may_share_a_batch(released):
     net = inception.Inception().eval()
     net.load_state_dict(inception.fold(released))
     features = inception.Features(net, "", CPU)
     a, b = GOLDEN["images_64"][0], GOLDEN["images_32x48"][0]
     assert_close(features([a, b])[0], torch.cat([features(a[None])[0], features(b[None])[0]]), rtol=1e-4, atol=1e-5)
-
 
 def test_weights_load_by_name_with_or_without_counters_and_nothing_else(released, tmp_path):
     path = tmp_path / "w.pth"
@@ -152,7 +139,6 @@ def test_weights_load_by_name_with_or_without_counters_and_nothing_else(released
         with pytest.raises(SystemExit, match=message):
             inception.load_features(path)
 
-
 def test_a_weights_file_runs_no_code(tmp_path, capsys):
     class Bomb:
         def __reduce__(self):
@@ -168,7 +154,6 @@ def test_a_weights_file_runs_no_code(tmp_path, capsys):
         inception.load_features(tmp_path / "missing.pth")
     assert "code from a file" not in capsys.readouterr().out
 
-
 def test_random_weights_are_the_same_everywhere_and_never_called_fid():
     state = torch.get_rng_state()
     a, b = inception.load_features("random"), inception.load_features("random")
@@ -181,10 +166,7 @@ def test_random_weights_are_the_same_everywhere_and_never_called_fid():
     assert fid.metric_names("ab" * 32)[0] == "FD (weights abababab)"
     assert "FID" not in fid.metric_names("ab" * 32)
 
-
 # ---- fetching the weights -----------------------------------------------------------------------------------
-
-
 def test_without_network_the_message_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("DSD_CACHE", str(tmp_path))
 
@@ -198,13 +180,11 @@ def test_without_network_the_message_says_what_to_do(tmp_path, monkeypatch):
         assert part in str(e.value)
     assert "\n" not in str(e.value) and list(tmp_path.iterdir()) == []
 
-
 class Answer(io.BytesIO):
     """What a server sends."""
 
     def info(self):
         return Message()
-
 
 def test_a_download_is_checked_and_kept_whole_or_not_at_all(tmp_path, monkeypatch):
     content = b"weights" * 1000
@@ -224,10 +204,7 @@ def test_a_download_is_checked_and_kept_whole_or_not_at_all(tmp_path, monkeypatc
     with pytest.raises(SystemExit, match="is damaged, and can't fetch"):
         inception.fetch_weights()
 
-
 # ---- statistics and scores -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_streamed_moments_are_those_of_numpy(batch):
     x = torch.randn(130, 5) * 3 + 100
@@ -235,11 +212,9 @@ def test_streamed_moments_are_those_of_numpy(batch):
     np.testing.assert_allclose(stats.mu, x.double().numpy().mean(0), rtol=1e-12)
     np.testing.assert_allclose(stats.sigma, np.cov(x.double().numpy(), rowvar=False), rtol=1e-8, atol=1e-9)
 
-
 def moments(x):
     x = x.astype(np.float64)
     return x.mean(0), np.cov(x, rowvar=False)
-
 
 def test_frechet_distances_are_the_references():
     mu1, sigma1, mu2, sigma2 = (GOLDEN[f"wc64_{k}"] for k in ("mu1", "sigma1", "mu2", "sigma2"))
@@ -247,7 +222,6 @@ def test_frechet_distances_are_the_references():
     assert abs(fid.frechet_distance(mu1, sigma1, mu1, sigma1)) < 1e-9
     shift = fid.frechet_distance(mu1, sigma1, mu2, sigma1)
     assert shift == pytest.approx(GOLDEN["shift64_fid_exact"].item(), rel=1e-10)
-
 
 def test_singular_covariances_need_no_fudge():
     """Rank 49 of 256: the accurate value, where a general matrix root is 2e-5 off."""
@@ -261,22 +235,18 @@ def test_singular_covariances_need_no_fudge():
     zero = (one[0], np.zeros((256, 256)))
     assert fid.frechet_distance(*zero, *one) == pytest.approx(np.trace(one[1]))
 
-
 def test_statistics_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="different length: 2 and 3"):
         fid.frechet_distance(np.zeros(2), np.eye(2), np.zeros(3), np.eye(3))
     with pytest.raises(ValueError, match="not finite"):
         fid.frechet_distance(np.zeros(2), np.eye(2) * np.nan, np.zeros(2), np.eye(2))
 
-
 @pytest.mark.parametrize("n", [400, 403])
-@pytest.mark.parametrize("order", ["ordered", "shuffle"])
 @pytest.mark.parametrize("splits", [10, 1])
-def test_inception_score_is_the_reference(n, order, splits):
+def test_inception_score_is_the_reference(n, splits):
     logits = GOLDEN["is_logits"][:n]
-    stats = Rows(logits[:, :2], logits).statistics(shuffle=order == "shuffle", splits=splits)
-    np.testing.assert_allclose(stats.score, GOLDEN[f"is{n}_{order}_splits{splits}"], rtol=1e-6, atol=1e-12)
-
+    stats = Rows(logits[:, :2], logits).statistics(splits=splits)
+    np.testing.assert_allclose(stats.score, GOLDEN[f"is{n}_ordered_splits{splits}"], rtol=1e-6, atol=1e-12)
 
 def test_kid_is_the_reference():
     x, y = GOLDEN["kid_x"], GOLDEN["kid_y"]
@@ -285,7 +255,6 @@ def test_kid_is_the_reference():
     assert fid.mmd2(x[:100], x[100:]) == pytest.approx(GOLDEN["kid_mmd2_self_halves"].item(), rel=1e-9)
     np.testing.assert_allclose(fid.kid(x, y, 20, 50), GOLDEN["kid_subsets20x50"], rtol=1e-9)
     assert fid.kid(x, y) == (fid.mmd2(x, y), 0.0)
-
 
 def test_features_kept_for_kid_are_a_bounded_uniform_and_repeatable_choice():
     n = 4 * fid.KEPT
@@ -298,23 +267,20 @@ def test_features_kept_for_kid_are_a_bounded_uniform_and_repeatable_choice():
     few = torch.randn(fid.KEPT, 1)
     assert np.array_equal(Rows(few).statistics().kid_features, few)               # all there are, in order
 
-
 def test_contrast_and_size_are_those_of_all_images(tiny):
     wide, tall = pictures(3, shape=(4, 8, 3)), pictures(5, seed=1, shape=(8, 4, 3))
     stats = fid.statistics_of_batches(fid.own_batches(wide, 2), 3, tiny, {"source": "here"}, "images")
-    assert stats.provenance == dict(images=3, size="8x4", source="here", splits="10, in order",
+    assert stats.provenance == dict(images=3, size="8x4", source="here", splits=10,
                                     contrast=round((wide / 127.5 - 1).std(), 4))
-    stats = fid.statistics_of_batches(fid.own_batches([*wide, *tall], 2), 8, tiny, {}, "images", shuffle=True)
+    stats = fid.statistics_of_batches(fid.own_batches([*wide, *tall], 2), 8, tiny, {}, "images")
     pixels = np.concatenate([wide.ravel(), tall.ravel()]) / 127.5 - 1
-    assert stats.provenance == dict(images=8, size="mixed", splits="10, shuffled", contrast=round(pixels.std(), 4))
-
+    assert stats.provenance == dict(images=8, size="mixed", splits=10, contrast=round(pixels.std(), 4))
 
 @pytest.mark.parametrize("shape", [(4, 8, 3), (8, 4, 3)])
 def test_images_that_differ_in_one_side_are_mixed(tiny, shape):
     images = [*pictures(3, shape=(8, 8, 3)), *pictures(3, shape=shape)]
     stats = fid.statistics_of_batches(fid.own_batches(images, 2), 6, tiny, {}, "images")
     assert stats.provenance["size"] == "mixed"
-
 
 def test_ranks_take_batches_in_turn_and_leave_none_out(monkeypatch):
     monkeypatch.setattr(fid, "ranks", lambda: 3)
@@ -325,13 +291,11 @@ def test_ranks_take_batches_in_turn_and_leave_none_out(monkeypatch):
     assert [[start for start, _ in own] for own in taken] == [[0, 6, 12], [2, 8], [4, 10]]
     assert all(items == list(range(start, start + 2)) for own in taken for start, items in own)
 
-
 def test_what_makes_no_statistics_is_refused(tiny):
     with pytest.raises(SystemExit, match="few: a covariance needs at least two images"):
         fid.statistics_of_batches(fid.own_batches(pictures(1), 2), 1, tiny, {}, "few")
     with pytest.raises(SystemExit, match="rows: features are not finite"):
         Rows(torch.tensor([[1.0], [math.nan]])).statistics()
-
 
 def on_two_ranks(number, folder):
     """Rank `number` of two: statistics of three sources, which rank 0 writes down."""
@@ -342,13 +306,11 @@ def on_two_ranks(number, folder):
         s.save(folder / f"two-{i}.npz")
     dist.destroy_process_group()
 
-
 def statistics_of_three(folder):
     """Statistics of files and of an npz, and of so few images that a second rank has none."""
     tiny = inception.Features(Tiny(), "tiny", CPU)
-    return [fid.statistics_of(folder / name, tiny, batch=batch, shuffle=shuffle)
-            for name, batch, shuffle in (("f", 3, True), ("a.npz", 4, False), ("a.npz", 64, False))]
-
+    return [fid.statistics_of(folder / name, tiny, batch=batch)
+            for name, batch in (("f", 3), ("a.npz", 4), ("a.npz", 64))]
 
 def test_statistics_of_two_ranks_are_those_of_one(tmp_path):
     folder_of(tmp_path / "f", pictures(23))
@@ -361,10 +323,7 @@ def test_statistics_of_two_ranks_are_those_of_one(tmp_path):
         np.testing.assert_allclose(one.kid_features, two.kid_features, rtol=1e-6)    # float32: of other batches
         assert one.provenance == two.provenance
 
-
 # ---- sources --------------------------------------------------------------------------------------------------
-
-
 def test_folder_zip_and_npz_of_the_same_images_give_the_same(tmp_path, tiny):
     images = pictures(20)
     folder = folder_of(tmp_path / "f", images)
@@ -380,13 +339,11 @@ def test_folder_zip_and_npz_of_the_same_images_give_the_same(tmp_path, tiny):
         np.testing.assert_allclose(stats.mu, expected[0], rtol=1e-6)
         np.testing.assert_allclose(stats.sigma, expected[1], rtol=1e-5, atol=1e-9)
 
-
 def test_the_last_short_batch_counts(tmp_path, tiny):
     np.savez(tmp_path / "a.npz", pictures(13))
     one, many = (fid.statistics_of(tmp_path / "a.npz", tiny, batch=b) for b in (13, 4))
     assert one.provenance == many.provenance and one.provenance["images"] == 13
     np.testing.assert_allclose(one.sigma, many.sigma, rtol=1e-6, atol=1e-10)
-
 
 def test_statistics_go_to_and_come_from_pytorch_fid(tmp_path, tiny):
     np.savez(tmp_path / "images.npz", pictures(20))
@@ -408,7 +365,6 @@ def test_statistics_go_to_and_come_from_pytorch_fid(tmp_path, tiny):
     assert abs(scores["FID"]) < 1e-9 and "KID" not in scores
     fid.main([str(tmp_path / "theirs.npz"), str(tmp_path / "theirs.npz"), "--device", "cpu"])   # needs no network
 
-
 def test_statistics_of_another_version_are_refused(tmp_path, tiny, monkeypatch):
     np.savez(tmp_path / "images.npz", pictures(20))
     stats = fid.statistics_of(tmp_path / "images.npz", tiny)
@@ -421,14 +377,13 @@ def test_statistics_of_another_version_are_refused(tmp_path, tiny, monkeypatch):
         with pytest.raises(DataError, match=f"{name} holds statistics of another version of fid.py"):
             fid.statistics_of(tmp_path / name, tiny)
 
-
 @pytest.mark.parametrize("content,message", [
     (b"junk", "no readable npz"),
     (dict(arr_0=np.zeros((5, 8, 8, 3))), "must be .N, H, W, 3. uint8"),
     (dict(arr_0=np.zeros((5, 8, 8), np.uint8)), "must be .N, H, W, 3. uint8"),
     (dict(mu=np.zeros(3)), "no readable statistics"),
     (dict(mu=np.zeros(3), sigma=np.eye(2)), "do not fit each other"),
-    (dict(arr_0=np.array([{}], dtype=object)), "must be .N, H, W, 3. uint8"),
+    (dict(arr_0=np.array([{}], dtype=object)), "no images and no statistics"),
 ])
 def test_bad_npz_files_are_one_line_errors(tmp_path, tiny, content, message):
     path = tmp_path / "x.npz"
@@ -437,22 +392,19 @@ def test_bad_npz_files_are_one_line_errors(tmp_path, tiny, content, message):
         fid.statistics_of(path, tiny)
     assert "\n" not in str(e.value)
 
-
 def test_a_damaged_npz_is_a_one_line_error(tmp_path, tiny):
     np.savez_compressed(tmp_path / "a.npz", pictures(50))
     content = bytearray((tmp_path / "a.npz").read_bytes())
     content[2000:2100] = bytes(100)
     (tmp_path / "a.npz").write_bytes(content)
-    with pytest.raises(DataError, match="is damaged after image"):
+    with pytest.raises(DataError, match="holds no images and no statistics"):
         fid.statistics_of(tmp_path / "a.npz", tiny, batch=4)
-
 
 def test_a_broken_image_ends_the_comparison_with_its_name(tmp_path, tiny):
     folder = folder_of(tmp_path / "f", pictures(5))
     (folder / "002.png").write_bytes(b"junk")
     with pytest.raises(DataError, match=r"002\.png in .* can't be read"):
         fid.statistics_of(folder, tiny)
-
 
 def test_unlike_things_are_not_compared(tmp_path, tiny, capsys):
     for name, shape in (("a", (8, 8, 3)), ("b", (9, 8, 3))):
@@ -473,17 +425,13 @@ def test_unlike_things_are_not_compared(tmp_path, tiny, capsys):
     fid.compare(few, a)
     assert "REAL has 5 images, fewer than the 6 features" in capsys.readouterr().err
 
-
 # ---- the command line -------------------------------------------------------------------------------------------
-
-
 def test_two_folders_from_the_command_line_with_the_real_network(tmp_path, capsys):
     a, b = folder_of(tmp_path / "a", pictures(4)), folder_of(tmp_path / "b", pictures(4, seed=1))
     fid.main([str(a), str(b), "--weights", "random", "--device", "cpu"])
     out = capsys.readouterr().out
     assert "rFID (random features): " in out and "\nFID" not in out
     assert "images 4, size 8x8" in out and "random-" in out
-
 
 def test_real_images_are_prepared_as_training_does(tmp_path, tiny, monkeypatch, capsys):
     monkeypatch.setenv("DSD_CACHE", str(tmp_path / "cache"))
@@ -496,7 +444,6 @@ def test_real_images_are_prepared_as_training_does(tmp_path, tiny, monkeypatch, 
     no_network = inception.Features(None, "tiny", CPU)                # the statistics come from their file
     assert fid.packed_statistics(fid.load_data(real, 8, 12.0), no_network).provenance["images"] == 6
 
-
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     """A checkpoint, and the flags to score it on twelve images."""
@@ -507,7 +454,6 @@ def model(tmp_path, monkeypatch):
     return ["--ckpt", str(tmp_path / "run" / "ckpt.pt"), "--data", str(data), "-n", "10", "--batch", "4",
             "--steps", "2", "3", "--device", "cpu", "--dtype", "fp32", "--out", str(tmp_path / "scores")]
 
-
 def test_a_model_is_scored_as_its_saved_images_would_be(tmp_path, tiny, model):
     fid.main(model)
     results = json.loads((tmp_path / "scores" / "table.json").read_text())
@@ -515,7 +461,7 @@ def test_a_model_is_scored_as_its_saved_images_would_be(tmp_path, tiny, model):
     assert two["fake"].pop("contrast") == two["scores"]["contrast"]
     assert two["fake"] | {"hash": 0} == dict(
         images=10, size="8x8", checkpoint=model[1], hash=0, weights="ema", dtype="fp32", steps=2, seed=0, guidance=1.0,
-        classes=None, splits="10, in order")
+        classes=None, splits=10)
     assert three["fake"]["steps"] == 3 and two["real"]["images"] == 12
     sampling.main([*model[:2], "-n", "10", "--steps", "2", "--save", str(tmp_path / "png"), "--device", "cpu",
                    "--dtype", "fp32"])
@@ -527,7 +473,6 @@ def test_a_model_is_scored_as_its_saved_images_would_be(tmp_path, tiny, model):
     text = (tmp_path / "scores" / "table.md").read_text()
     assert "| model | images | 2 | 3 |" in text and "| run | 10 |" in text and "Against 12 of data-8" in text
     assert "seed 0, ema weights, fp32, guidance 1" in text
-
 
 def test_an_interrupted_evaluation_goes_on(tmp_path, tiny, model, monkeypatch):
     drawn, original = [], sampling.Sampler.__call__
@@ -550,7 +495,6 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, tiny, model, monkeypatch):
     fid.main([*model, "--seed", "1", "--steps", "2"])           # another seed is another score
     assert len(drawn) == 10
 
-
 def test_several_models_make_a_table(tmp_path, tiny, model):
     (tmp_path / "other").mkdir()
     make_checkpoint(tmp_path / "other" / "ckpt.pt", classes=3)
@@ -559,7 +503,6 @@ def test_several_models_make_a_table(tmp_path, tiny, model):
     assert "| run | 10 |" in text and "| other | 10 |" in text
     results = json.loads((tmp_path / "scores" / "table.json").read_text())
     assert results["other"][0]["fake"]["classes"] == "uniform"
-
 
 def test_scores_are_logged_during_training(tmp_path, tiny, monkeypatch):
     import train
@@ -579,7 +522,6 @@ def test_scores_are_logged_during_training(tmp_path, tiny, monkeypatch):
         assert e["real"]["images"] == 12
         assert e["fake"].items() >= dict(images=6, steps=2, seed=0, weights="ema", size="8x8").items()
 
-
 @pytest.mark.parametrize("flags,message", [
     ([], "give REAL and FAKE"),
     (["a"], "give REAL and FAKE"),
@@ -595,12 +537,10 @@ def test_bad_flags_are_explained(flags, message, capsys):
         fid.parse_args(flags)
     assert message in capsys.readouterr().err
 
-
 def test_missing_files_are_named_before_any_work(monkeypatch):
     monkeypatch.setattr(fid, "load_features", None)             # would fail if it came first
     with pytest.raises(SystemExit, match="no such file or folder: nowhere"):
         fid.main(["nowhere", "neither", "--device", "cpu"])
-
 
 def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, tiny, monkeypatch):
     def full(*a, **k):
@@ -610,10 +550,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, tiny, monkeypat
     monkeypatch.setattr(np, "savez", full)
     with pytest.raises(SystemExit, match=r"error: can't write .*b\.npz \(No space left on device\)"):
         fid.main([str(tmp_path / "a.npz"), "--save", str(tmp_path / "b.npz"), "--device", "cpu"])
-    monkeypatch.setattr(fid, "compare_files", full)
-    with pytest.raises(SystemExit, match=r"error: \S.*No space left on device"):
-        fid.main([str(tmp_path / "a.npz"), "--save", str(tmp_path / "b.npz"), "--device", "cpu"])
-
+    assert [f.name for f in tmp_path.iterdir()] == ["a.npz"]
 
 def test_the_help_fits_two_screens_and_begins_with_the_papers_flags(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
@@ -622,5 +559,5 @@ def test_the_help_fits_two_screens_and_begins_with_the_papers_flags(monkeypatch,
     text = capsys.readouterr().out
     assert len(text.splitlines()) <= 100
     places = [text.index(f"\n  {flag}") for flag in ("--ckpt", "--data", "--steps", "-n", "--guidance", "--save",
-                                                     "--weights", "--decode-batch", "--device")]
+                                                     "--weights", "--batch", "--device")]
     assert places == sorted(places)

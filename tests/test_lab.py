@@ -1,6 +1,5 @@
 """Every method in the laboratory of lab.py, against the exact distribution: the oracle for changes to the loop."""
 
-
 import lab
 import pytest
 import torch
@@ -10,16 +9,13 @@ from plans import METHODS
 
 TWO, FOUR, EIGHT = (lab.STEPS.index(s) for s in (2, 4, 8))
 
-
 @pytest.fixture(scope="module")
 def mixture():
     return lab.Mixture()
 
-
 @pytest.fixture(scope="module")
 def net(mixture):
     return lab.trained(mixture)
-
 
 def test_the_exact_denoiser_is_the_posterior_mean(mixture):
     """Against the mean of exact samples, weighted by the probability that each was what z_t shows."""
@@ -30,17 +26,14 @@ def test_the_exact_denoiser_is_the_posterior_mean(mixture):
     got = mixture(z.float()[None, :, None, None], t)[0, :, 0, 0]
     assert_close(got, (p[:, None] * x).sum(0).float(), atol=0.01, rtol=0)
 
-
 def test_many_steps_with_the_exact_denoiser_give_the_exact_distribution(mixture):
     exact, *others = (mixture.draw(4000, torch.Generator().manual_seed(s))[:, :, 0, 0] for s in range(2, 12))
     floor = max(lab.distance(exact, other) for other in others)       # what exact sets of samples differ by
     assert lab.distance(lab.points(mixture, 256), exact) < 1.2 * floor
 
-
 def test_the_trained_model_samples_as_the_exact_one(mixture, net):
     for ours, exact in zip(lab.distances(net, mixture), lab.distances(mixture, mixture), strict=True):
         assert abs(ours - exact) < 0.05
-
 
 @pytest.mark.parametrize("schedule", METHODS)
 def test_every_method_improves_few_step_samples(schedule, mixture, net):
@@ -48,7 +41,6 @@ def test_every_method_improves_few_step_samples(schedule, mixture, net):
     after = lab.distances(lab.in_the_lab(net, mixture, schedule, **lab.METHODS[schedule]), mixture)
     assert after[TWO] < 0.95 * before[TWO] and after[FOUR] < 0.8 * before[FOUR], (before, after)
     assert after[EIGHT] < 1.1 * before[EIGHT], (before, after)
-
 
 def test_an_average_as_the_target_steadies_self_distillation(mixture, net):
     """The feedback of DSD: at this rate it blows up. With --target-ema it is better than TSD instead."""

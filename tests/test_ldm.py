@@ -42,7 +42,6 @@ TINY = {
 GOLDEN = {name: {k: torch.from_numpy(v) for k, v in np.load(HERE / f"ldm_{name}_golden.npz").items() if v.ndim or
                  k == "null_label"} for name in TINY}
 
-
 def drawn(key, shape, ema=False):
     """The tensor called `key`: the rule of the golden files."""
     mean, sd = 0, 0.9 / np.sqrt(np.prod(shape[1:]))
@@ -57,11 +56,9 @@ def drawn(key, shape, ema=False):
     z = lambda name: torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))  # noqa: E731
     return mean + sd * z(key) + (0.5 * sd * z("ema:" + key) if ema else 0)
 
-
 def state_dict_of(name, ema=True):
     """The state dict of a tiny model in CompVis's layout: schedule, raw weights, their averages, first stage."""
     return {k: v for k, v in whole_state_dict(name).items() if ema or not k.startswith("model_ema.")}
-
 
 @functools.cache
 def whole_state_dict(name):
@@ -72,9 +69,8 @@ def whole_state_dict(name):
         shape = list(both.state_dict()[ours].shape)
         tensors[key] = drawn(key, shape)
         if key.startswith("model."):
-            tensors[ldm.ema_name(key)] = drawn(key, shape, ema=True)
+            tensors["model_ema." + key.removeprefix("model.").replace(".", "")] = drawn(key, shape, ema=True)
     return tensors | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(1000)}
-
 
 def write_file(path, tensors):
     """A file as Lightning leaves it on a GPU: tagged cuda:0, with the class of a callback that is not installed."""
@@ -89,7 +85,6 @@ def write_file(path, tensors):
                     "optimizer_states": []}, path)
     return path
 
-
 @pytest.fixture(scope="module", autouse=True)
 def tiny_models():
     """The tiny models beside the real ones, so that all code finds them by name."""
@@ -98,26 +93,20 @@ def tiny_models():
             patch.setitem(ldm.MODELS, name, model)
         yield
 
-
 @pytest.fixture(scope="module")
 def files(tiny_models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ldm")
     return {name: write_file(folder / f"{name}.ckpt", state_dict_of(name)) for name in TINY}
 
-
 @pytest.fixture(scope="module")
 def loaded(files):
     return {name: ldm.load_model(path, name=name) for name, path in files.items()}
-
 
 @pytest.fixture(params=list(TINY))
 def name(request):
     return request.param
 
-
 # ---- the real models ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name,count", [("celebahq256", 274_056_163), ("imagenet256", 400_920_579)])
 def test_the_real_models_have_the_names_and_shapes_of_the_real_files(name, count):
     both, keys = ldm.build(name), json.loads((HERE / "ldm_keys.json").read_text())
@@ -133,10 +122,7 @@ def test_the_real_models_have_the_names_and_shapes_of_the_real_files(name, count
     assert param_count(both.unet) - (param_count(label) if label else 0) == count
     assert param_count(both.autoencoder) == 55_322_782 and (not label or param_count(label) == 512_512)
 
-
 # ---- golden values --------------------------------------------------------------------------------------------
-
-
 def test_the_unet_is_ldms(loaded, name):
     (net, _), g = loaded[name], GOLDEN[name]
     t = g["t"] / 1000
@@ -149,7 +135,6 @@ def test_the_unet_is_ldms(loaded, name):
     assert_close(net(g["x"], t, context=g["context_tokens"]), g["eps_context_tokens"], rtol=0, atol=1e-4)
     assert_close(net.label(g["class_labels"])[:, None], g["context"])
 
-
 def test_the_autoencoder_is_ldms(loaded, name):
     net, g = ldm.autoencoder_of(loaded[name][1]), GOLDEN[name]
     assert_close(net.encode(g["image"]), g["encoded"], rtol=0, atol=1e-4)
@@ -157,12 +142,10 @@ def test_the_autoencoder_is_ldms(loaded, name):
     assert_close(net.decode(g["z"]), g["decoded"], rtol=0, atol=1e-4)
     assert_close(net.decode(g["z_q"]), g["decoded"], rtol=0, atol=1e-4)
 
-
 def test_the_nearest_code_is_the_first_of_equals():
     net = ldm.Autoencoder(ldm.AutoencoderConfig(channels=32, mult=(1,), blocks=1, codes=3)).requires_grad_(False)
     net.quantize.embedding.weight.copy_(torch.tensor([[5.0, 5, 5], [1, 0, 0], [-1, 0, 0]]))
     assert net.nearest(torch.zeros(1, 3, 2, 2)).tolist() == [[[1, 1], [1, 1]]]
-
 
 def test_ddim_samples_are_ldms(loaded, name):
     xhat, g = Denoiser.of(*loaded[name]), GOLDEN[name]
@@ -173,7 +156,6 @@ def test_ddim_samples_are_ldms(loaded, name):
     if y is not None:
         assert_close(ddim_sample(xhat, g["z_T"], 4, y, w=3.0), g["ddim4_cfg3_z0"], rtol=0, atol=2e-3)
 
-
 def test_without_averaged_weights_or_if_asked_the_raw_ones_are_used(files, name, tmp_path):
     """The released ImageNet file has no averages."""
     bare = write_file(tmp_path / "bare.ckpt", state_dict_of(name, ema=False))
@@ -183,10 +165,7 @@ def test_without_averaged_weights_or_if_asked_the_raw_ones_are_used(files, name,
         y = () if name == "uncond" else (g["class_labels"],)
         assert_close(net(g["x"], g["t"] / 1000, *y), g["eps_raw"], rtol=0, atol=1e-4)
 
-
 # ---- files ----------------------------------------------------------------------------------------------------
-
-
 def test_a_file_that_torch_refuses_loads_with_stand_ins_for_its_classes(files):
     with pytest.raises(pickle.UnpicklingError, match="ModelCheckpoint"):
         torch.load(files["uncond"], map_location="cpu", weights_only=True)
@@ -195,7 +174,6 @@ def test_a_file_that_torch_refuses_loads_with_stand_ins_for_its_classes(files):
     assert isinstance(callback, ldm.StubClass) and state["epoch"] == 3
     assert all(value.device.type == "cpu" for value in state["state_dict"].values())
     assert "pytorch_lightning" not in sys.modules
-
 
 class Calls:
     """Pickles as a call of a function."""
@@ -206,13 +184,11 @@ class Calls:
     def __reduce__(self):
         return self.reduced
 
-
 class Unknown:
     """Pickles as an instance of a class; its state would be restored by code, if there were any."""
 
     def __setstate__(self, state):
         raise AssertionError("code of the file's class was run")
-
 
 @pytest.mark.parametrize("payload", [
     lambda path: Calls(os.system, f"touch {path}"),
@@ -228,7 +204,6 @@ def test_a_file_that_tries_to_run_code_is_refused_and_runs_nothing(payload, tmp_
             load(tmp_path / "evil.ckpt")
         assert "\n" not in str(e.value) and not canary.exists()
 
-
 def test_instances_of_unknown_classes_are_empty(tmp_path):
     thing = Unknown()
     thing.kept = 3
@@ -236,10 +211,9 @@ def test_instances_of_unknown_classes_are_empty(tmp_path):
     found = ldm.read_file(tmp_path / "odd.ckpt")["x"]
     assert isinstance(type(found), ldm.StubClass) and not hasattr(found, "kept")
 
-
 @pytest.mark.parametrize("change,message", [
-    (lambda s: s.pop("model_ema.diffusion_modelout2weight"), "model_ema.diffusion_modelout2weight is missing$"),
-    (lambda s: s.pop("first_stage_model.quantize.embedding.weight"), "quantize.embedding.weight is missing"),
+    (lambda s: s.pop("model_ema.diffusion_modelout2weight"), "there is no model_ema.diffusion_modelout2weight$"),
+    (lambda s: s.pop("first_stage_model.quantize.embedding.weight"), "there is no .*quantize.embedding.weight"),
     (lambda s: s.update({"model.diffusion_model.surplus": torch.ones(1)}), "nothing is known of its model.diff"),
     (lambda s: s.update({"scale_factor": torch.ones(1)}), "nothing is known of its scale_factor"),
     (lambda s: s.update({"first_stage_model.quant_conv.bias": torch.ones(4)}), r"quant_conv.bias .*\[4\], not \[3\]"),
@@ -251,11 +225,9 @@ def test_what_does_not_fit_is_named(change, message, tmp_path):
     with pytest.raises(CheckpointError, match=f"^error: .*x.ckpt is not LDM's uncond: .*{message}"):
         ldm.load_model(write_file(tmp_path / "x.ckpt", tensors), name="uncond")
 
-
 def test_known_harmless_extras_are_ignored(tmp_path):
     extras = {k: torch.ones(2) for k in ("ddim_sigmas", "lvlb_weights", "first_stage_model.loss.discriminator.w")}
     ldm.load_model(write_file(tmp_path / "x.ckpt", state_dict_of("uncond") | extras), name="uncond")
-
 
 def test_what_is_no_model_file_is_a_one_line_error(files, tmp_path):
     whole = files["uncond"].read_bytes()
@@ -272,7 +244,6 @@ def test_what_is_no_model_file_is_a_one_line_error(files, tmp_path):
     with pytest.raises(CheckpointError, match="is not LDM's class: "):
         ldm.load_model(files["uncond"], name="class")
 
-
 def test_unconditional_models_draw_other_sizes(files):
     state = ldm.load_model(files["uncond"], name="uncond", size=32)[1]
     assert state["shape"] == [3, 8, 8] and ldm.image_size(state) == 32
@@ -281,21 +252,16 @@ def test_unconditional_models_draw_other_sizes(files):
     with pytest.raises(CheckpointError, match="64 pixels and nothing else"):
         ldm.load_model(files["class"], name="class", size=32)
 
-
 # ---- diffusers' layout ------------------------------------------------------------------------------------------
-
-
 def exported(loaded, name, folder):
     ldm.export(*loaded[name], folder)
     return folder
-
 
 def test_heads_are_split_and_merged():
     qkv = torch.arange(12)[:, None].float()                   # two heads of two channels: q q k k v v, twice
     parts = ldm.split_heads(qkv, 2)
     assert [p.flatten().tolist() for p in parts] == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
     assert torch.equal(ldm.merge_heads(parts, 2), qkv)
-
 
 def test_what_was_exported_loads_again_bit_for_bit(loaded, name, tmp_path):
     net, state = loaded[name]
@@ -306,7 +272,6 @@ def test_what_was_exported_loads_again_bit_for_bit(loaded, name, tmp_path):
     with pytest.raises(CheckpointError, match="choose another --export"):
         ldm.export(net, state, tmp_path / "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x"]
-
 
 def test_old_names_and_bin_files_load_too(loaded, tmp_path):
     folder = exported(loaded, "uncond", tmp_path / "x")
@@ -321,7 +286,6 @@ def test_old_names_and_bin_files_load_too(loaded, tmp_path):
     again, _ = ldm.load_model(folder, name="uncond")
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in loaded["uncond"][0].state_dict().items())
 
-
 def test_a_folder_of_another_model_is_refused(loaded, tmp_path):
     folder = exported(loaded, "uncond", tmp_path / "x")
     with pytest.raises(CheckpointError, match="_class_name in .* is UNet2DModel, not UNet2DConditionModel"):
@@ -330,7 +294,6 @@ def test_a_folder_of_another_model_is_refused(loaded, tmp_path):
     (folder / "unet" / "config.json").write_text(json.dumps(config | {"attention_head_dim": 8}))
     with pytest.raises(CheckpointError, match="attention_head_dim in .* is 8, not 32"):
         ldm.load_model(folder, name="uncond")
-
 
 def test_diffusers_loads_an_export_and_gives_the_same(loaded, name, tmp_path):
     """Its networks, and with its scheduler the samples and images of LDM itself."""
@@ -359,14 +322,10 @@ def test_diffusers_loads_an_export_and_gives_the_same(loaded, name, tmp_path):
         ours = ldm.autoencoder_of(state).decode(ddim_sample(Denoiser.of(net, state), z, 4)) / 2 + 0.5
         assert np.abs(ours.clamp(0, 1).permute(0, 2, 3, 1).numpy() - images).mean() < 1e-3
 
-
 # ---- in training --------------------------------------------------------------------------------------------------
-
-
 def test_the_class_embedding_stays_fixed_in_training(loaded):
     net = UNet(TINY["class"].unet).requires_grad_(True)
     assert [k for k, p in net.named_parameters() if not p.requires_grad] == ["label.weight"]
-
 
 def gradients(net, z, *inputs):
     """All gradients, and the bytes that the forward pass kept for them beside the weights."""
@@ -381,7 +340,6 @@ def gradients(net, z, *inputs):
         out = net(z, *inputs)
     return torch.autograd.grad(out.square().sum(), [p for p in net.parameters() if p.requires_grad]), sum(kept.values())
 
-
 def test_checkpointing_gives_the_same_gradients_from_less_memory(loaded):
     net, g = UNet(TINY["class"].unet), GOLDEN["class"]
     net.load_state_dict(loaded["class"][0].state_dict())
@@ -391,9 +349,7 @@ def test_checkpointing_gives_the_same_gradients_from_less_memory(loaded):
     assert_close(thrifty, plain, rtol=0, atol=0)
     assert bytes_thrifty < bytes_plain / 4
 
-
 # ---- from the command line --------------------------------------------------------------------------------------
-
 # The smallest models: these runs are about what goes where.
 SMALL_VQ = ldm.AutoencoderConfig(channels=32, mult=(1, 2), blocks=1, codes=16)
 SMALL = {
@@ -402,7 +358,6 @@ SMALL = {
                                         context_dim=8), SMALL_VQ, 16),
 }
 CPU = ["--device", "cpu", "--dtype", "fp32"]
-
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
@@ -418,12 +373,10 @@ def small(tmp_path, monkeypatch):
         Image.fromarray(rng.integers(0, 255, (20, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     return tmp_path
 
-
 def distil(folder, name, *flags, out="out"):
     distill.main(["--ldm", name, "--ckpt", str(folder / f"{name}.ckpt"), "--out", str(folder / out), "--steps", "8",
                   "--batch", "4", "--log-every", "1", "--drift", "0", "--cache", str(folder / "cache"), *CPU, *flags])
     return folder / out / "ckpt.pt"
-
 
 def test_an_ldm_is_sampled_into_a_grid_and_files(small):
     flags = ["--ldm", "small-class", "--ckpt", str(small / "small-class.ckpt"), *CPU]
@@ -437,14 +390,12 @@ def test_an_ldm_is_sampled_into_a_grid_and_files(small):
     images = ldm.autoencoder_of(state).decode(sampler.draw(range(5), 2))
     assert np.abs(data.to_pixels(images).astype(int) - saved["arr_0"]).max() <= 1
 
-
 def test_an_unconditional_ldm_draws_images_of_another_size(small):
     flags = ["--ldm", "small", "--ckpt", str(small / "small.ckpt"), *CPU, "--steps", "2", "-n", "1"]
     script.main([*flags, "--size", "24", "--save", str(small / "png")])
     assert Image.open(small / "png" / "00000.png").size == (24, 24)
     with pytest.raises(SystemExit, match="made with another size"):
         script.main([*flags, "--save", str(small / "png")])
-
 
 @pytest.mark.parametrize("schedule", ["dsdi", "tsd", "pd"])
 def test_an_ldm_is_distilled_and_the_result_needs_nothing_else(small, schedule, capsys):
@@ -463,7 +414,6 @@ def test_an_ldm_is_distilled_and_the_result_needs_nothing_else(small, schedule, 
     assert f"(the model: LDM's small-class; then {schedule}, 6 updates from 8 steps)" in capsys.readouterr().out
     assert {p.name for p in ckpt.parent.iterdir()} == {"ckpt.pt", "log.jsonl", "samples-000006.png"}
 
-
 def test_a_distilled_ldm_is_scored_and_exported(small):
     ckpt = distil(small, "small", "--updates", "3", "--fid-every", "3", "--fid-samples", "4", "--weights", "random",
                   "--data", str(small / "data"))
@@ -477,7 +427,6 @@ def test_a_distilled_ldm_is_scored_and_exported(small):
     script.main(["--ckpt", str(ckpt), "--export", str(small / "hf"), *CPU])
     again, _ = ldm.load_model(small / "hf", name="small")
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in load_checkpoint(ckpt)["ema"].items())
-
 
 def test_a_stopped_distillation_goes_on_bit_for_bit(small, monkeypatch):
     """Also with activations computed twice."""
@@ -500,7 +449,6 @@ def test_a_stopped_distillation_goes_on_bit_for_bit(small, monkeypatch):
     for part in ("weights", "ema", "autoencoder"):
         assert all(torch.equal(v, resumed[part][k]) for k, v in whole[part].items())
 
-
 def test_the_defaults_are_table_3s():
     get = lambda *flags: vars(distill.parse_args(["--ckpt", "model.ckpt", *flags]))  # noqa: E731
     want = dict(updates=4000, lr=1e-6, lr_end=1e-7, betas=[0.9, 0.98], ema=0.995, clip=1.0, steps=64)
@@ -509,7 +457,6 @@ def test_the_defaults_are_table_3s():
     want |= dict(updates=5000, lr=1e-7, lr_end=1e-7 / 10, betas=[0.99, 0.999], ema=0.9995, guidance=[1.0, 3.0])
     assert want.items() <= get("--ldm", "imagenet256", "--schedule", "dsdn").items()
     assert get("--ldm", "imagenet256", "--updates", "7")["updates"] == 7
-
 
 def test_what_cant_work_with_an_ldm_is_refused(small):
     with pytest.raises(SystemExit, match="nobody knows what LDM's small was trained on"):
@@ -528,7 +475,6 @@ def test_what_cant_work_with_an_ldm_is_refused(small):
     with pytest.raises(SystemExit, match="have to be given, as --data"):
         fid.main(["--ckpt", str(ckpt), "--weights", "random", *CPU])
 
-
 def test_what_an_update_costs_is_measured(small):
     args = bench.parse_args(["--model", "small-class", "--size", "8", "--batch", "2", "--repeats", "1",
                              "--checkpointing", "--methods", "dsdi", "pd", *CPU])
@@ -536,14 +482,10 @@ def test_what_an_update_costs_is_measured(small):
     times = bench.race({name: bench.distillation(args, name)[0] for name in args.methods}, 1, args.device, "")
     assert all(0 < times[name][0] < 60 for name in ("dsdi", "pd")) and bench.peak(args, "dsdi") > 1e6
 
-
 # ---- data as latents ------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def images(small):
     return data.load_data(small / "data", 16, None, small / "cache")
-
 
 def test_latents_are_those_of_the_images_and_of_their_mirror_images(small, images):
     state = ldm.load_model(small / "small.ckpt", name="small")[1]
@@ -553,7 +495,6 @@ def test_latents_are_those_of_the_images_and_of_their_mirror_images(small, image
     assert torch.equal(labels, y) and z.dtype == torch.float32
     z, x = (source.batch(0, 8, 1, flip=False)[0] for source in (latents, images))
     assert_close(z, net.encode(x), rtol=1e-3, atol=1e-3)
-
 
 def test_interrupted_encoding_goes_on(small, images, monkeypatch):
     state, cpu = ldm.load_model(small / "small.ckpt", name="small")[1], torch.device("cpu")

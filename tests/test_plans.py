@@ -9,7 +9,6 @@ import distill
 import plans
 import trainer
 
-
 @pytest.mark.parametrize("schedule", plans.METHODS)
 @pytest.mark.parametrize("steps", [2, 6, 48, 50, 64])
 @pytest.mark.parametrize("updates", [32, 33, 1000, 4001])
@@ -19,14 +18,12 @@ def test_a_plan_spends_exactly_P(schedule, steps, updates):
     assert plan[0][0] == steps and all(n >= 1 and d % 2 == 0 and d >= 2 for d, n in plan)
     assert [d for d, _ in plan] == sorted({d for d, _ in plan}, reverse=True)
 
-
 def test_the_depths_are_the_papers():
     depths = {s: [d for d, _ in plans.plan(s, 64, 4000)] for s in plans.METHODS}
     assert depths["dsdn"] == [64]
     assert depths["dsdi"] == depths["tsd"] == depths["pd"] == [64, 32, 16, 8, 4, 2]
     assert depths["dsdgl"] == depths["dsdgexp"] == list(range(64, 0, -2))
     assert [d for d, _ in plans.plan("dsdi", 50, 99)] == [50, 24, 12, 6, 2]      # odd halves are rounded down
-
 
 def test_the_shares_are_the_papers():
     for schedule in ("dsdi", "dsdgl", "tsd", "pd"):
@@ -40,13 +37,11 @@ def test_the_shares_are_the_papers():
         assert abs(n - 100_000 * math.exp(1 / s) / total) < 3
     assert plan[-1][1] > 2.5 * plan[0][1]
 
-
 @pytest.mark.parametrize("steps,updates,word", [(63, 100, "even"), (0, 100, "even"), (-2, 9, "even"),
                                                 (64, 31, "32 depths"), (64, 0, "32 depths")])
 def test_a_plan_that_cant_be_made_is_refused(steps, updates, word):
     with pytest.raises(ValueError, match=word):
         plans.plan("dsdgl", steps, updates)
-
 
 def test_locate_walks_through_the_plan():
     plan = [(8, 3), (4, 1), (2, 2)]
@@ -54,14 +49,12 @@ def test_locate_walks_through_the_plan():
     with pytest.raises(IndexError):
         plans.locate(plan, 6)
 
-
 def test_the_shares_by_rate_are_sums_of_the_rates():
     args = types.SimpleNamespace(schedule="dsdi", steps=8, updates=30, lr=1.0, lr_end=0.1, warmup=4)
     rates = [trainer.learning_rate(args, i) for i in range(30)]
     rows = plans.shares(args)
     assert [r[:3] for r in rows] == [(d, 10, pytest.approx(1 / 3)) for d in (8, 4, 2)]
     assert [r[3] for r in rows] == pytest.approx([sum(rates[i:i + 10]) / sum(rates) for i in (0, 10, 20)])
-
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     distill.main(["--schedule", "dsdi", "--dry-run", "--updates", "600", "--out", str(tmp_path / "p")])

@@ -21,12 +21,10 @@ import sample
 import train
 from checkpoint import load_checkpoint
 from data import load_data
-from runtime import cores
 
 TINY = ["--size", "8", "--channels", "8", "--mult", "1", "2", "--blocks", "1", "--attention", "--head-channels", "8",
         "--batch", "4", "--distill", "0.15", "--log-every", "1", "--sample-every", "0", "--device", "cpu",
         "--dtype", "fp32"]
-
 
 def torchrun(*args, **kw):
     """A script in two processes: Popen."""
@@ -34,28 +32,24 @@ def torchrun(*args, **kw):
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw)
 
-
 def done(child):
     """What a child printed, once it has ended well."""
     output = child.communicate(timeout=120)[0]
     assert child.returncode == 0, output
     return output
 
-
 @pytest.fixture
 def tiny(tmp_path):
     """The flags of a small run on labelled images, for one process or two."""
     return [*TINY, "--data", labelled_images(tmp_path / "data"), "--cache", str(tmp_path / "cache"), "--classes"]
 
-
 @pytest.fixture
 def one_thread():
     """As torchrun's processes have here: another number of threads may add up in another order."""
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, cores() // 2))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
     yield
     torch.set_num_threads(before)
-
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
@@ -64,7 +58,6 @@ def of_two(tmp_path_factory):
     done(torchrun("tests/gradients.py", path))
     return torch.load(path, weights_only=True)
 
-
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_have_the_gradients_of_one(method, of_two):
     """To float64's rounding; so has one that takes the batch in parts."""
@@ -72,7 +65,6 @@ def test_two_processes_have_the_gradients_of_one(method, of_two):
     assert one.keys() == two.keys() and all(g.any() for g in one.values())
     assert_close(two, one, rtol=1e-9, atol=1e-12)
     assert_close(gradients(method, accumulate=4), one, rtol=1e-9, atol=1e-12)
-
 
 def test_a_run_goes_on_with_another_number_of_processes(tiny, tmp_path, capsys):
     """The same images and noise: the log is that of a single process; and it is said that bits may differ."""
@@ -86,7 +78,6 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny, tmp_path, capsys):
     for x, y in zip(a, b, strict=True):
         assert_close({k: x[k] for k in ("loss", "v", "grad_norm")}, {k: y[k] for k in ("loss", "v", "grad_norm")},
                      rtol=1e-4, atol=0)
-
 
 def test_samples_and_scores_of_two_processes_are_those_of_one(tiny, tmp_path, one_thread):
     """Samples to the last bit; scores to the rounding of sums, which two processes add up in another order."""
@@ -107,7 +98,6 @@ def test_samples_and_scores_of_two_processes_are_those_of_one(tiny, tmp_path, on
     assert one["scores"] == pytest.approx(two["scores"], rel=1e-7, abs=1e-9)
     assert one["fake"] == two["fake"] and one["real"] == two["real"] and one["fake"]["images"] == 14
 
-
 def pid_of(number, out):
     """The process of rank `number` that trains into `out`."""
     for p in Path("/proc").glob("[0-9]*"):
@@ -118,7 +108,6 @@ def pid_of(number, out):
         except OSError:                                       # it has ended meanwhile, or is not ours
             continue
     raise AssertionError(f"no rank {number}")
-
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
 @pytest.mark.parametrize("victim,number", [(1, signal.SIGKILL), ("all", signal.SIGINT), (1, signal.SIGINT)])
@@ -145,12 +134,10 @@ def test_when_a_rank_dies_all_end_and_the_checkpoint_is_whole(victim, number, ti
         assert "another process of this run has died" in output and state["step"] % 50 == 0
         assert "Signal 9 (SIGKILL)" in output                 # torchrun's own report names the one that died first
 
-
 def test_a_batch_that_can_not_be_shared_is_refused_once(tiny, tmp_path):
     output = torchrun("train.py", *tiny, "--batch", "5", "--out", tmp_path / "out").communicate(timeout=60)[0]
     assert output.count("--batch 5 can't be shared equally by 2 processes") == 1
     assert not (tmp_path / "out").exists()
-
 
 def test_a_batch_is_the_same_however_it_is_shared(tiny, tmp_path):
     images = load_data(str(tmp_path / "data"), 8, cache=str(tmp_path / "cache"))

@@ -12,14 +12,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = ["train", "distill", "sample", "fid", "bench"]      # the last one is among the experiments
 EXPERIMENTS = sorted(p.stem for p in (ROOT / "experiments").glob("*.py"))
 
-
 def commands():
     """Every `python script.py …`, or torchrun, of the pages and of the scripts' docstrings, without comments."""
     texts = [*(page.read_text() for page in PAGES), *(importlib.import_module(s).__doc__ for s in SCRIPTS)]
     found = re.findall(r"(?:python|torchrun(?: --\w+=\S+)*) +(?:experiments/(?=bench))?(\w+)\.py([^\n`#]*)",
                        "\n".join(texts).replace("\\\n", " "))
     return sorted({(script, flags.strip().rstrip(";.,)")) for script, flags in found if "--help" not in flags})
-
 
 @pytest.mark.parametrize("script,flags", commands())
 def test_every_command_parses(script, flags, monkeypatch):
@@ -28,10 +26,8 @@ def test_every_command_parses(script, flags, monkeypatch):
         monkeypatch.setattr("flags.load_checkpoint", lambda path: {"args": {}})
     module.parse_args(shlex.split(flags))
 
-
 def test_there_are_commands_for_every_script():
     assert {script for script, _ in commands()} == set(SCRIPTS)
-
 
 def test_every_experiment_exists_and_says_how_it_is_run():
     for page in PAGES:
@@ -41,11 +37,9 @@ def test_every_experiment_exists_and_says_how_it_is_run():
         module = importlib.import_module(name)
         assert f"python experiments/{name}.py" in module.__doc__ and callable(module.main)
 
-
 def test_the_file_map_names_every_file_and_no_other():
     named = set(re.findall(r"^\| `(\w+\.py)` \|", README, flags=re.M))
     assert named == {p.name for p in ROOT.glob("*.py")}
-
 
 def test_what_the_pages_name_in_a_file_is_there():
     """`file.py`: `name`, `other` in a table means that the file defines them."""
@@ -55,12 +49,10 @@ def test_what_the_pages_name_in_a_file_is_there():
             for name in re.findall(r"`(\w+)", names):
                 assert re.search(rf"\b{name}\b", source), (page, name)
 
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_linked_files_exist(page):
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
-
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_teaches_every_flag_on_two_screens(script, capsys, monkeypatch):

@@ -18,7 +18,6 @@ from data import to_pixels
 from ddim import Cosine, Denoiser, ddim_sample, start_noise
 from model import UNet, UNetConfig
 
-
 def make_checkpoint(path, classes=0):
     torch.manual_seed(0)
     net = UNet(UNetConfig(channels=16, mult=(1,), blocks=1, attention=(), head_channels=16, groups=8, classes=classes))
@@ -30,22 +29,18 @@ def make_checkpoint(path, classes=0):
                                predicts="v", shape=[3, 8, 8], classes=["cat", "dog", "owl"][:classes], step=7))
     return net.eval()
 
-
 def flags_of(path):
     return ["--ckpt", str(path), "--device", "cpu", "--dtype", "fp32"]
-
 
 @pytest.fixture
 def ckpt(tmp_path):
     make_checkpoint(tmp_path / "ckpt.pt")
     return flags_of(tmp_path / "ckpt.pt")
 
-
 @pytest.fixture
 def ckpt3(tmp_path):
     make_checkpoint(tmp_path / "ckpt.pt", classes=3)
     return flags_of(tmp_path / "ckpt.pt")
-
 
 @pytest.fixture
 def drawn(monkeypatch):
@@ -63,13 +58,11 @@ def drawn(monkeypatch):
     monkeypatch.setattr(script.Sampler, "__call__", record)
     return batches
 
-
 def pictures(path):
     """The images in a folder or an npz, by name."""
     if path.suffix == ".npz":
         return {f"{i:05d}.png": image for i, image in enumerate(np.load(path)["arr_0"])}
     return {p.name: np.asarray(Image.open(p)) for p in sorted(path.glob("*.png"))}
-
 
 def test_the_grid_has_a_row_per_step_count_and_the_same_noise_in_a_column(ckpt, tmp_path):
     script.main([*ckpt, "--steps", "1", "4", "-n", "3", "--seed", "5", "--raw", "--out", str(tmp_path / "g.png")])
@@ -84,7 +77,6 @@ def test_the_grid_has_a_row_per_step_count_and_the_same_noise_in_a_column(ckpt, 
             shown = grid[9 * row:9 * row + 8, 9 * column:9 * column + 8]
             assert np.abs(shown.astype(int) - x[column]).max() <= 1
 
-
 def test_models_stand_under_each_other_in_every_step_count(ckpt, tmp_path):
     (tmp_path / "same").mkdir()
     make_checkpoint(tmp_path / "same" / "ckpt.pt")
@@ -96,20 +88,17 @@ def test_models_stand_under_each_other_in_every_step_count(ckpt, tmp_path):
     assert len(grid) == 35 and (rows[0] == rows[1]).all() and (rows[2] == rows[3]).all()
     assert np.abs(rows[1] - rows[2]).max() > 1
 
-
 def test_models_of_different_sizes_need_a_grid_each(ckpt, tmp_path):
     state = torch.load(ckpt[1]) | {"shape": [3, 16, 16]}
     save_checkpoint(tmp_path / "big.pt", state)
     with pytest.raises(SystemExit, match="different sizes"):
         script.main([*ckpt, "--steps", "1", "--ckpt", ckpt[1], str(tmp_path / "big.pt")])
 
-
 def test_the_grid_lies_beside_the_checkpoint_by_default(ckpt, tmp_path):
     script.main([*ckpt, "--steps", "1"])
     assert (tmp_path / "grid.png").exists()
     script.main([*ckpt, "--steps", "1", "--out", str(tmp_path / "folder")])
     assert (tmp_path / "folder" / "grid.png").exists()
-
 
 def test_folder_and_npz_hold_the_same_images_whatever_the_batch(ckpt, tmp_path):
     script.main([*ckpt, "--steps", "2", "-n", "7", "--save", str(tmp_path / "png"), "--batch", "3"])
@@ -121,13 +110,11 @@ def test_folder_and_npz_hold_the_same_images_whatever_the_batch(ckpt, tmp_path):
     assert np.abs(array.astype(int) - np.stack(list(files.values()))).max() <= 1
     assert not (tmp_path / "x.npz.raw").exists()
 
-
 def test_averaged_and_raw_weights_give_other_images(ckpt, tmp_path):
     for flags, name in (([], "a.npz"), (["--raw"], "b.npz")):
         script.main([*ckpt, "--steps", "2", "-n", "2", "--save", str(tmp_path / name), *flags])
     a, b = (np.load(tmp_path / name)["arr_0"] for name in ("a.npz", "b.npz"))
     assert (a != b).mean() > 0.1
-
 
 def test_a_folder_is_completed_not_drawn_again(ckpt, tmp_path, drawn):
     args = [*ckpt, "--steps", "2", "--save", str(tmp_path / "png"), "-n"]
@@ -139,7 +126,6 @@ def test_a_folder_is_completed_not_drawn_again(ckpt, tmp_path, drawn):
     assert drawn == [[0, 1, 2, 3, 4, 5], [1, 4, 6, 7]]
     now = pictures(tmp_path / "png")
     assert len(now) == 8 and all(np.abs(now[k].astype(int) - whole[k]).max() <= 1 for k in whole)
-
 
 @pytest.mark.parametrize("name", ["png", "x.npz"])
 def test_after_ctrl_c_the_same_command_goes_on(name, ckpt, tmp_path, drawn, capsys):
@@ -155,7 +141,6 @@ def test_after_ctrl_c_the_same_command_goes_on(name, ckpt, tmp_path, drawn, caps
     script.main([*args[:-1], str(tmp_path / "whole.npz")])
     a, b = pictures(tmp_path / name), pictures(tmp_path / "whole.npz")
     assert a.keys() == b.keys() and all(np.abs(a[k].astype(int) - b[k]).max() <= 1 for k in a)
-
 
 def test_a_killed_npz_goes_on(ckpt, tmp_path, drawn):
     args = [*ckpt, "--steps", "4", "-n", "100", "--batch", "4", "--save"]
@@ -175,7 +160,6 @@ def test_a_killed_npz_goes_on(ckpt, tmp_path, drawn):
     a, b = (np.load(tmp_path / name)["arr_0"] for name in ("x.npz", "whole.npz"))
     assert np.abs(a.astype(int) - b).max() <= 1 and len(a) == 100
 
-
 def test_an_npz_that_was_killed_while_it_was_put_together_is_made_again(ckpt, tmp_path, monkeypatch):
     args = [*ckpt, "--steps", "2", "-n", "4", "--save", str(tmp_path / "x.npz")]
     with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
@@ -183,7 +167,6 @@ def test_an_npz_that_was_killed_while_it_was_put_together_is_made_again(ckpt, tm
         script.main(args)
     script.main(args)
     assert len(pictures(tmp_path / "x.npz")) == 4 and not (tmp_path / "x.npz.raw").exists()
-
 
 def test_samples_of_other_settings_are_not_mixed(ckpt, tmp_path):
     for target in ("png", "x.npz"):
@@ -201,7 +184,6 @@ def test_samples_of_other_settings_are_not_mixed(ckpt, tmp_path):
         make_checkpoint(tmp_path / "ckpt.pt", classes=3)
         script.main([*args, "4"])
 
-
 def test_a_folder_of_foreign_images_is_refused(ckpt, tmp_path):
     (tmp_path / "mine").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "mine" / "00001.png")
@@ -209,7 +191,6 @@ def test_a_folder_of_foreign_images_is_refused(ckpt, tmp_path):
         with pytest.raises(SystemExit, match="did not write; choose another --save"):
             script.main([*ckpt, "-n", "2", "--save", str(tmp_path / "mine"), "--steps", "2", *flags])
     assert (tmp_path / "mine" / "00001.png").exists()
-
 
 def test_classes_are_chosen_by_name_or_number_and_saved(ckpt3, tmp_path):
     args = [*ckpt3, "-n", "5", "--steps", "2", "--save"]
@@ -221,7 +202,6 @@ def test_classes_are_chosen_by_name_or_number_and_saved(ckpt3, tmp_path):
     a, b = (np.load(tmp_path / name)["arr_0"] for name in ("two.npz", "guided.npz"))
     assert (a != b).any()
 
-
 def test_guidance_is_the_formula_with_the_null_class(tmp_path):
     net = make_checkpoint(tmp_path / "ckpt.pt", classes=3)
     state = dict(schedule="cosine", predicts="v", shape=[3, 8, 8])
@@ -229,7 +209,6 @@ def test_guidance_is_the_formula_with_the_null_class(tmp_path):
     z, y = start_noise(0, [3, 4], (3, 8, 8)), torch.tensor([0, 2])      # the classes in turn: 2, 0, 2, 0, 2
     guided = lambda z, t: net(z, t, torch.tensor([3, 3])) * -1.5 + net(z, t, y) * 2.5  # noqa: E731
     assert_close(sampler([3, 4], 3), ddim_sample(Denoiser(guided, Cosine()), z, 3), rtol=1e-3, atol=1e-4)
-
 
 @pytest.mark.parametrize("flags,message", [
     (["--save", "x"], "--save needs -n, exactly one step count and one --ckpt"),
@@ -249,18 +228,15 @@ def test_bad_flags_are_explained_in_one_line(ckpt, flags, message, capsys):
     text = capsys.readouterr().err.strip().splitlines()[-1] if e.value.code == 2 else str(e.value)
     assert message in text and "\n" not in text
 
-
 def test_an_unknown_class_lists_the_known_ones(ckpt3):
     with pytest.raises(SystemExit, match="no class 'cow'; this model has cat, dog, owl"):
         script.main([*ckpt3, "--class", "cow"])
-
 
 def test_an_unwritable_target_is_a_one_line_error(ckpt, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for flags in (["--save", str(tmp_path / "file" / "png"), "-n", "2"], ["--out", str(tmp_path / "file" / "g.png")]):
         with pytest.raises(SystemExit, match="error: can't write"):
             script.main([*ckpt, "--steps", "2", *flags])
-
 
 def test_overwriting_spares_files_that_are_no_samples(ckpt, tmp_path):
     args = [*ckpt, "-n", "2", "--save", str(tmp_path / "png"), "--steps"]

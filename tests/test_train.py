@@ -16,7 +16,6 @@ from checkpoint import load_checkpoint, load_model
 from data import load_data
 from ddim import Cosine, Denoiser, ddim_sample, start_noise
 
-
 def test_a_run_leaves_checkpoint_log_and_picture(small_run, tmp_path, capsys):
     train.main([*small_run, "--updates", "7", "--distill", "0.15", "--sample-every", "3"])
     out = tmp_path / "out"
@@ -30,7 +29,6 @@ def test_a_run_leaves_checkpoint_log_and_picture(small_run, tmp_path, capsys):
     assert state["step"] == 7 and state["args"]["distill"] == 0.15 and state["shape"] == [3, 8, 8]
     assert "python sample.py --ckpt" in capsys.readouterr().out
 
-
 def test_training_loads_neither_ldms_files_nor_the_network_of_the_scores(tmp_path):
     """A toy run on the built-in pictures, in a fresh process: none of ldm.py, fid.py, inception.py is imported."""
     flags = [*SMALL_RUN, "--updates", "2", "--cache", str(tmp_path), "--out", str(tmp_path / "out")]
@@ -39,13 +37,11 @@ def test_training_loads_neither_ldms_files_nor_the_network_of_the_scores(tmp_pat
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "loaded: set()" in output
 
-
 def test_sample_pictures_start_from_the_same_noise(small_run, tmp_path):
     """With a learning rate of almost nothing the model never changes, and neither does the picture."""
     train.main([*small_run, "--updates", "4", "--sample-every", "2", "--lr", "1e-30"])
     a, b = ((tmp_path / "out" / f"samples-00000{k}.png").read_bytes() for k in (2, 4))
     assert a == b
-
 
 def test_a_handful_of_images_is_learnt(tmp_path):
     """Four images of one colour each: trained on them, the model samples those colours and nothing else."""
@@ -65,11 +61,9 @@ def test_a_handful_of_images_is_learnt(tmp_path):
     log = log_of(tmp_path / "out")
     assert log[-1]["v"] < 0.5 * log[0]["v"]
 
-
 def test_labels_are_dropped_one_time_in_ten():
     y = train.drop_labels(torch.zeros(10_000, dtype=torch.long), 7, torch.rand(10_000))
     assert set(y.tolist()) == {0, 7} and 0.08 < (y == 7).float().mean() < 0.12
-
 
 def test_classes_of_the_data_become_classes_of_the_model(small_run, tmp_path, monkeypatch):
     seen, loss = [], train.training_loss
@@ -78,7 +72,6 @@ def test_classes_of_the_data_become_classes_of_the_model(small_run, tmp_path, mo
     state = load_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert state["classes"] == ["a", "b"] and state["weights"]["label.weight"].shape[0] == 3
     assert set(torch.cat(seen).tolist()) == {0, 1, 2}         # both classes, and now and then none
-
 
 @pytest.mark.parametrize("flags,message", [
     (["--updates", "0"], "argument --updates: 0 is not a number from 1 on"),
@@ -105,12 +98,10 @@ def test_bad_flags_are_explained_in_one_line(small_run, flags, message, capsys):
     text = capsys.readouterr().err.strip().splitlines()[-1] if e.value.code == 2 else str(e.value)
     assert message in text and "\n" not in text
 
-
 def test_real_image_presets_ask_for_their_data(capsys):
     with pytest.raises(SystemExit):
         train.main(["--preset", "celeba64"])
     assert "--preset celeba64 trains on real images" in capsys.readouterr().err
-
 
 def test_presets_are_the_papers_and_flags_beat_them():
     paper = {"celeba64": (65_000, 1e-4), "bedroom64": (50_000, 4e-4), "church64": (40_000, 4e-4)}
@@ -120,7 +111,6 @@ def test_presets_are_the_papers_and_flags_beat_them():
     assert train.parse_args(["--preset", "celeba64", "--data", "x", "--lr", "3"]).lr == 3
     known = vars(train.parse_args([])).keys()
     assert all(preset.keys() - {"needs_data"} <= known for preset in train.PRESETS.values())
-
 
 def test_each_update_reads_the_batch_of_its_number(small_run, monkeypatch):
     """Off by one here, and a resumed run would train on other images than one never stopped."""
@@ -132,15 +122,17 @@ def test_each_update_reads_the_batch_of_its_number(small_run, monkeypatch):
     assert len(used) == 4
     assert all(torch.equal(x, images.batch(k, 8, seed=0)[0]) for k, x in enumerate(used))
 
-
 def test_the_loss_gets_times_in_0_1_and_fresh_noise(small_run, monkeypatch):
     used, loss = [], train.training_loss
     monkeypatch.setattr(train, "training_loss", lambda *a: (used.append((a[2], a[3])), loss(*a))[1])
     train.main([*small_run, "--updates", "40", "--save-every", "100"])
     t, eps = (torch.cat(values) for values in zip(*used, strict=True))
     assert 0 < t.min() < 0.02 and 0.98 < t.max() <= 1 and abs(t.mean() - 0.5) < 0.05
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "rand", lambda self: torch.zeros(self.args.batch))
+        train.main([*small_run, "--updates", "1", "--overwrite"])
+    assert (used[-1][0] == 1).all()                            # U(0, 1]: pure noise is learnt from, pure data is not
     assert abs(eps.mean()) < 0.02 and abs(eps.std() - 1) < 0.02 and len(eps.flatten(1).unique(dim=0)) == 320
-
 
 def test_compiled_training_learns_the_same(small_run, tmp_path, monkeypatch):
     """Through all of torch.compile but its last stage, the C++ compiler, which takes half a minute."""

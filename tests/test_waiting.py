@@ -17,7 +17,6 @@ from trainer import Trainer
 
 META = torch.device("meta")
 
-
 class NoWaiting(TorchDispatchMode):
     """Stands for a GPU by the device "meta", whose tensors have no values: to ask for one is an error by itself, and a
     copy from one device to the other is one here. A number (no dimensions) on the CPU is part of the command.
@@ -29,7 +28,6 @@ class NoWaiting(TorchDispatchMode):
         assert len(devices) < 2, f"{func} goes from one device to another, for which a GPU has to be waited for"
         return out
 
-
 class NoGenerator:
     """There is none for "meta": random numbers are then those of no generator, None."""
 
@@ -39,7 +37,6 @@ class NoGenerator:
     def manual_seed(self, seed):
         pass
 
-
 class NeverWaiting(Trainer):
     """A Trainer without files, whose loop's body must not wait. PyTorch's fused Adam knows no "meta"."""
 
@@ -48,7 +45,6 @@ class NeverWaiting(Trainer):
         for step in range(self.args.updates):
             with NoWaiting():
                 yield step
-
 
 @pytest.fixture
 def network(monkeypatch):
@@ -62,7 +58,6 @@ def network(monkeypatch):
 
     return make
 
-
 def test_the_dispatch_mode_sees_what_makes_a_gpu_wait():
     on_gpu, mask = torch.zeros(3, device=META), torch.ones(3, device=META) > 0
     for waits in (lambda: on_gpu.sum().item(), lambda: on_gpu[mask], lambda: torch.zeros(3).to(META)):
@@ -71,20 +66,16 @@ def test_the_dispatch_mode_sees_what_makes_a_gpu_wait():
     with NoWaiting():
         on_gpu + torch.tensor(2.0)
 
-
 MODEL_INFO = dict(schedule="cosine", predicts="v", shape=[3, 8, 8])
-
 
 def batch():
     return torch.empty(8, 3, 8, 8, device=META), torch.empty(8, dtype=torch.long, device=META)
-
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_training_never_waits_for_the_gpu(network, accumulate):
     args = train.parse_args(["--updates", "3", "--batch", "8", "--dtype", "fp32", "--accumulate", str(accumulate)])
     args.out = None
     train.train(NeverWaiting(args, network(classes=3), META, MODEL_INFO), iter(batch, None), 0.15)
-
 
 @pytest.mark.parametrize("schedule", ["dsdi", "tsd", "pd"])
 @pytest.mark.parametrize("diffusion", ["cosine", "ldm"])
@@ -96,7 +87,6 @@ def test_distillation_never_waits_for_the_gpu(network, schedule, diffusion):
     trainer.schedule(torch.zeros(1, device=META))             # LDM's table is copied once
     steps = plan(schedule, 8, 12)
     distill.progressive(trainer, steps, iter(batch, None)) if schedule == "pd" else distill.fine_tune(trainer, steps)
-
 
 def test_sampling_never_waits_for_the_gpu(network):
     xhat = Denoiser(network(classes=3), LDMDiscrete(), "eps", 3)
