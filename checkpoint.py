@@ -21,15 +21,11 @@ from runtime import memory_format
 class CheckpointError(SystemExit):
     """A checkpoint that can't be used. A SystemExit: uncaught, its one-line message is all the user sees."""
 
-class WriteError(SystemExit):
-    """A file that can't be written, as on a full disk. A SystemExit as well."""
-
 @contextlib.contextmanager
 def whole_file(path):
     """Yields a path to write a file to, which then takes the place of `path`: nobody ever finds half a file there.
 
-    Raises WriteError.
-    """
+    Exits if it can't be written, as on a full disk."""
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
     try:
@@ -38,7 +34,7 @@ def whole_file(path):
         os.replace(tmp, path)
     except (OSError, RuntimeError) as e:                      # the latter is what torch's zip writer raises
         why = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise WriteError(f"error: can't write {path} ({why}); what was there before is untouched") from None
+        raise SystemExit(f"error: can't write {path} ({why}); what was there before is untouched") from None
     finally:
         with contextlib.suppress(OSError):
             tmp.unlink()
@@ -54,8 +50,7 @@ def load_checkpoint(path):
     """Read what `save_checkpoint` wrote, on the CPU, without running code from the file. Raises CheckpointError.
 
     Its tensors are mapped from the disk: a sampler of a big model never reads the optimiser's state. (Windows can't
-    replace a file that is mapped, as a resumed run does.)
-    """
+    replace a file that is mapped, as a resumed run does.)"""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
     except FileNotFoundError:

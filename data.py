@@ -168,8 +168,7 @@ def load_data(path=None, size=32, crop=None, cache=None):
     path   None (the built-in pictures), a folder, a zip, or an LSUN LMDB folder
     size   side of the square images in pixels
     crop   side of the centre crop in the source's pixels, or <= 1 as a share of its shorter side; None: all of it
-    cache  folder for the packed file; its name holds a hash of the source (names, sizes, dates) and the settings
-    """
+    cache  folder for the packed file; its name holds a hash of the source (names, sizes, dates) and the settings"""
     source = open_source(path)
     crop = None if path is None else crop
     settings = dict(version=VERSION, size=size, crop=crop, source=source.fingerprint,
@@ -185,16 +184,13 @@ def load_data(path=None, size=32, crop=None, cache=None):
 def _pack(source, folder, size, crop):
     """Fill `folder`: images.u8 (raw pixels, N x H x W x 3), labels.npy, and last meta.json, which makes it valid.
 
-    A journal notes after each chunk how far the packing got and what can't be read: a later call goes on from there.
-    """
-
+    A journal notes after each chunk how far the packing got and what can't be read: a later call goes on from there."""
     def work(item):
         name, read, _ = item
         try:
             return decode(read(), size, crop).tobytes(), None
         except Exception as e:  # a broken file among three million must not end the run, whatever it raises
             return b"", (name, f"{type(e).__name__}: {e}".splitlines()[0][:120])
-
     journal, image_bytes, seen, skipped = folder / "journal.json", 3 * size * size, 0, []
     with contextlib.suppress(OSError, ValueError):            # no journal yet, or one that a power cut emptied
         seen, skipped = json.loads(journal.read_text())
@@ -237,8 +233,7 @@ def wait_for_first_rank(path, good=Path.exists):
 def locked(folder, work):
     """Hold the lock of a folder in the cache: what two runs would write at once, one writes and the other waits for.
 
-    work  what is done there, in words: Ctrl-C and a full disk become a DataError that tells it
-    """
+    work  what is done there, in words: Ctrl-C and a full disk become a DataError that tells it"""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
@@ -263,8 +258,7 @@ class Images:
     """A packed data set, mapped into memory. Raises DataError if its file of pixels is damaged.
 
     pixels  (N, H, W, 3) uint8;  labels  (N,) int32, -1 where there are none;  classes  names, [] if no labels
-    folder  where it lies;  preparation  how the pixels were made of the source's, in words
-    """
+    folder  where it lies;  preparation  how the pixels were made of the source's, in words"""
 
     def __init__(self, folder):
         meta = json.loads((folder / "meta.json").read_text())
@@ -284,8 +278,7 @@ class Images:
 
         share (r, n): only part r of the batch's n equal parts. Every epoch is a fresh permutation. The batch depends
         on the arguments alone, so a resumed run sees exactly what it would have seen, and n processes together see
-        what one would. Raises nothing; batches run across the end of an epoch.
-        """
+        what one would. Raises nothing; batches run across the end of an epoch."""
         part, n = slice(share[0] * size // share[1], (share[0] + 1) * size // share[1]), len(self)
         index = np.array([_epoch(n, seed, k // n)[k % n] for k in range(step * size, (step + 1) * size)[part]])
         mirrored = np.random.default_rng([seed, 1, step]).random(size)[part] < 0.5 * flip
@@ -306,8 +299,7 @@ def to_tensor(pixels):
     """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in [-1, 1].
 
     By numpy: batches are read in a thread, and one that used torch would bring threads of its own, which go on spinning
-    after each operation and take the cores from the network: an eighth of the time of an update on a CPU.
-    """
+    after each operation and take the cores from the network: an eighth of the time of an update on a CPU."""
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1)
 
 def to_pixels(x):
@@ -317,8 +309,7 @@ def to_pixels(x):
 def save_grid(x, path, columns, labels=()):
     """Write images (N, 3, H, W) in [-1, 1] as one PNG, row by row; small ones enlarged, so that one can see them.
 
-    labels  a short text for each row, written to its left
-    """
+    labels  a short text for each row, written to its left"""
     pixels, font = to_pixels(x), ImageFont.load_default(14)
     rows, side = -(-len(pixels) // columns), pixels.shape[1]
     pitch, scale = side + 1, max(1, 64 // side)               # a white line between neighbours

@@ -21,8 +21,7 @@ import torch
 class Schedule:
     """α_t and σ_t for t in [0, 1], and the times at which N DDIM steps look at the network.
 
-    A subclass gives `alpha`: α_t of a float64 tensor t, between 0 and 1.
-    """
+    A subclass gives `alpha`: α_t of a float64 tensor t, between 0 and 1."""
 
     def sigma(self, t):
         return (1 - self.alpha(t).square()).sqrt()
@@ -31,8 +30,7 @@ class Schedule:
         """(α_t, σ_t) that multiply images: scalars for one time, (B, 1, 1, 1) for a time per image.
 
         Computed in float64, because near t = 0 and 1 one of the two is a small difference; the result
-        has the precision of t (a float counts as float64, which as a scalar leaves images as they are).
-        """
+        has the precision of t (a float counts as float64, which as a scalar leaves images as they are)."""
         t = torch.as_tensor(t, dtype=None if torch.is_tensor(t) else torch.float64)
         shape = (-1, 1, 1, 1) if t.ndim else ()
         return tuple(f(t.double()).to(t.dtype).reshape(shape) for f in (self.alpha, self.sigma))
@@ -60,8 +58,7 @@ class Cosine(Schedule):
 class LDMDiscrete(Schedule):
     """The 1000 discrete steps of the LDM checkpoints: time t is step round(1000 t), at most 999.
 
-    β runs from 0.0015 to 0.0195, linearly in √β (CompVis calls this one "linear"); α_t² = Π (1 − β).
-    """
+    β runs from 0.0015 to 0.0195, linearly in √β (CompVis calls this one "linear"); α_t² = Π (1 − β)."""
 
     length = 1000
 
@@ -78,8 +75,7 @@ class LDMDiscrete(Schedule):
         """LDM's own rule where N divides 1000 (steps 1, 1 + c, 1 + 2c … with c = 1000 / N), else t_i = i / N.
 
         N = 1 is i / N too: LDM's rule would show pure noise to the network as if it were step 1. Both rules
-        end on step 0, whose α is not quite 1: LDM's samples keep that trace of noise, and so do ours.
-        """
+        end on step 0, whose α is not quite 1: LDM's samples keep that trace of noise, and so do ours."""
         if not 1 <= steps < self.length:
             raise ValueError(f"steps must be between 1 and {self.length - 1} with this schedule, got {steps}")
         if self.length % steps or steps == 1:
@@ -107,8 +103,7 @@ class Denoiser:
 
     net        net(z, t, y) -> (B, C, H, W); y only if the network has classes
     schedule   a Schedule;  kind  "v", "eps" or "x"
-    null       the class index that means "no class", needed for guidance
-    """
+    null       the class index that means "no class", needed for guidance"""
 
     def __init__(self, net, schedule, kind="v", null=None):
         self.net, self.schedule, self.kind, self.null = net, schedule, kind, null
@@ -121,8 +116,7 @@ class Denoiser:
     def output(self, z, t, y=None, w=1.0):
         """The network's own output; if w ≠ 1 guided: null + w (class − null), in one batch (Ho & Salimans 2022).
 
-        w: a number, or a tensor (B, 1, 1, 1) with a weight for each image (which is then always guided).
-        """
+        w: a number, or a tensor (B, 1, 1, 1) with a weight for each image (which is then always guided)."""
         if y is None:
             return self.net(z, t)
         if not torch.is_tensor(w) and w == 1.0:
@@ -142,8 +136,7 @@ class Denoiser:
 def ddim_step(schedule, z, x, t, t1):
     """One DDIM step z_t -> z_t', given the clean image x that was predicted at t (Algorithms 1 and 2).
 
-        z_t' = α_t' x + (σ_t' / σ_t) (z_t − α_t x)
-    """
+        z_t' = α_t' x + (σ_t' / σ_t) (z_t − α_t x)"""
     (a, s), (a1, s1) = schedule(t), schedule(t1)
     r = s1 / s.clamp(min=1e-12)                               # at t = t' = 0 there is nothing to do: 0 / 0 counts as 0
     return a1 * x + r * (z - a * x)
@@ -151,8 +144,7 @@ def ddim_step(schedule, z, x, t, t1):
 def ddim_inverse(schedule, z, z1, t, t1):
     """The x that a single step from z_t to z_t' must have used: `ddim_step` solved for x (Algorithms 1 and 2).
 
-        x = (z_t' − (σ_t' / σ_t) z_t) / (α_t' − (σ_t' / σ_t) α_t)            defined for t' < t
-    """
+        x = (z_t' − (σ_t' / σ_t) z_t) / (α_t' − (σ_t' / σ_t) α_t)            defined for t' < t"""
     (a, s), (a1, s1) = schedule(t), schedule(t1)
     r = s1 / s.clamp(min=1e-12)
     return (z1 - r * z) / (a1 - r * a)
@@ -164,8 +156,7 @@ def ddim_target(xhat, z, x1, t, t1, t2, target="ddim", **cond):
     z (B, C, H, W) at t; x1 = x̂(z_t), already evaluated; `xhat` makes the second prediction, with `cond`
     (y, w) as its condition. Returns x'' and z_t'', both without gradient: x'' is the target that x' is
     pulled to, and z_t'' is where the next pair of steps begins. target "x0" returns x̂(z_t') itself as x'',
-    which is what sections 1 and 4.1 and Figure 1 describe.
-    """
+    which is what sections 1 and 4.1 and Figure 1 describe."""
     schedule = xhat.schedule
     z1 = ddim_step(schedule, z, x1, t, t1)
     x0 = xhat(z1, t1, **cond)
@@ -176,8 +167,7 @@ def ddim_target(xhat, z, x1, t, t1, t2, target="ddim", **cond):
 def start_noise(seed, indices, shape):
     """Noise z_1 ~ N(0, I) to start images number `indices` from: (len(indices), *shape), float32, on the CPU.
 
-    Image i of a seed is the same in any batch, on any device and on any number of processes.
-    """
+    Image i of a seed is the same in any batch, on any device and on any number of processes."""
     draws = [np.random.default_rng([seed, i]).standard_normal(shape, dtype=np.float32) for i in indices]
     return torch.from_numpy(np.stack(draws))
 
@@ -185,8 +175,7 @@ def start_noise(seed, indices, shape):
 def ddim_sample(xhat, z, steps, y=None, w=1.0):
     """Deterministic DDIM from noise z (B, C, H, W) in exactly `steps` network evaluations. Returns x (B, C, H, W).
 
-    The same z gives the same picture, and nearly the same one for other step counts.
-    """
+    The same z gives the same picture, and nearly the same one for other step counts."""
     for t, t1 in pairwise(xhat.schedule.times(steps)):
         z = ddim_step(xhat.schedule, z, xhat(z, t, y, w), t, t1)
     return z

@@ -41,8 +41,7 @@ def distillation_loss(xhat, z, t, t1, t2, y, w, second, first=None, target="ddim
 
         L = w(λ_t) ‖x' − x''‖²,   λ_t = log(α_t² / σ_t²)             ‖·‖² is the mean over pixels
 
-    Algorithm 2 writes x' as the inverse of the first step, which is x̂_θ(z_t) itself.
-    """
+    Algorithm 2 writes x' as the inverse of the first step, which is x̂_θ(z_t) itself."""
     x1 = xhat(z, t, y, w)                                     # x': the only evaluation with a gradient
     with torch.no_grad():
         x = x1.detach() if first is None else first(z, t, y, w)
@@ -59,8 +58,7 @@ def guidance_weight(trainer):
 def fine_tune(trainer, plan):
     """Algorithm 2, fine-tuning DSD: a batch walks from noise to data, and the model learns from two steps at a time.
 
-    With a teacher, renewed at each depth: TSD. With --target-ema an average of the weights takes the second step.
-    """
+    With a teacher, renewed at each depth: TSD. With --target-ema an average of the weights takes the second step."""
     a, net, classes = trainer.args, trainer.net, trainer.net.config.classes
     xhat, schedule = trainer.denoiser(), trainer.schedule     # x̂_θ
     teacher = trainer.second_net("teacher") if METHODS[a.schedule].teacher else None
@@ -94,8 +92,7 @@ def fine_tune(trainer, plan):
 def progressive(trainer, plan, stream):
     """Algorithm 1, progressive distillation: a student of N/2 steps learns from its teacher's N on noised data.
 
-    stream  yields data (x, y) on the device: this rank's rows of each batch
-    """
+    stream  yields data (x, y) on the device: this rank's rows of each batch"""
     a, classes, schedule = trainer.args, trainer.net.config.classes, trainer.schedule
     xhat, teacher = trainer.denoiser(), trainer.second_net("teacher")     # x̂_θ, x̂_η
     first = trainer.denoiser(teacher)
@@ -146,10 +143,8 @@ def parse_args(argv=None):
     g.add_argument("--steps", type=int, default=64, metavar="N", help="start depth (default: 64, the paper's)")
     optimiser_flags(g)
     g.add_argument("--target", choices=["ddim", "x0"], default="ddim",
-                   help="x'': where one big step must aim (ddim, Algorithm 2), or the next step's own prediction (x0, "
-                        "section 4.1) (default: ddim)")
-    g.add_argument("--weight", choices=WEIGHTS, default="snr",
-                   help="w(λ) of the loss: truncated SNR, or 1 (default: snr, the paper's)")
+                   help="x'': where one big step must aim (ddim, default), or the second prediction (x0, section 4.1)")
+    g.add_argument("--weight", choices=WEIGHTS, default="snr", help="w(λ) of the loss: truncated SNR (default), or 1")
     g.add_argument("--guidance", type=float, nargs=2, default=[1.0, 3.0], metavar=("LOW", "HIGH"),
                    help="range of the guidance weight, for models with classes (default: 1 3)")
     g.add_argument("--dry-run", action="store_true", help="only print the plan")
@@ -159,8 +154,7 @@ def parse_args(argv=None):
                    help="a running average of the weights with this decay takes the second step: steadier than the "
                         "model itself; if D is that of --ema, without a further copy (default: 0, the paper's)")
     g.add_argument("--drift", type=float, default=3.0, metavar="F",
-                   help="end the run when the trajectories arrive with F times more or less contrast or diversity than "
-                        "before; 0: never (default: 3)")
+                   help="end the run at F times more or less contrast or diversity than before; 0: never (default: 3)")
     g = p.add_argument_group("the data")
     g.add_argument("--data", metavar="PATH",
                    help="folder, zip or LMDB that pd and --fid-every read (default: what the model was trained on)")
@@ -169,7 +163,6 @@ def parse_args(argv=None):
     g = p.add_argument_group("rarely changed")
     g.add_argument("--size", type=at_least(1), help="with --ldm: side of the images in pixels (default: 256)")
     run_flags(g)
-
     args, changed = parse_with_saved(p, argv, defaults)
     fixed = {"schedule", "ckpt", "ldm", "size", "steps", "updates", "batch", "target_ema"} & changed
     if fixed:

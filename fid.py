@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoint import WriteError, whole_file
+from checkpoint import whole_file
 from data import DataError, load_data, locked, open_source, to_pixels
 from flags import at_least, device_flags
 from inception import RANDOM, SHA256, load_features
@@ -89,8 +89,7 @@ def statistics_of_batches(batches, n, features, provenance, desc, splits=10):
     splits    of the images, in their order, for the Inception Score
 
     Of the images only sums are kept, so that memory does not grow with their number. The sums are float64, so that it
-    hardly matters in which order, or on which rank, they were made: the scores agree to about 1e-9.
-    """
+    hardly matters in which order, or on which rank, they were made: the scores agree to about 1e-9."""
     if n < 2:
         sys.exit(f"error: {desc}: a covariance needs at least two images")
     classes, dim = features.net.fc.weight.shape
@@ -143,8 +142,7 @@ def split_terms(logits):
 def inception_score(sums):
     """exp E[KL(p(y|x) ‖ p(y))] (Salimans et al. 2016) of each split, from its sum of `split_terms`: (mean, std).
 
-    E[KL] = E[Σ p log p] − Σ p̄ log p̄. The standard deviation is that of the population.
-    """
+    E[KL] = E[Σ p log p] − Σ p̄ log p̄. The standard deviation is that of the population."""
     sums = sums[sums[:, 0] > 0]                               # fewer images than splits leave some of them empty
     mean_p = sums[:, 2:] / sums[:, :1]
     kl = sums[:, 1] / sums[:, 0] - torch.special.xlogy(mean_p, mean_p).sum(1)
@@ -159,8 +157,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """‖μ1 − μ2‖² + tr Σ1 + tr Σ2 − 2 tr (Σ1 Σ2)^½ between two Gaussians (Heusel et al. 2017), float64.
 
     With Σ1 = A Aᵀ and Σ2 = B Bᵀ the eigenvalues of Σ1 Σ2 are the squares of the singular values of Aᵀ B, so that no
-    matrix root is needed, and no root of a rounding error is taken. Raises ValueError.
-    """
+    matrix root is needed, and no root of a rounding error is taken. Raises ValueError."""
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a, dtype=torch.float64) for a in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape:
         raise ValueError(f"features of different length: {len(mu1)} and {len(mu2)}")
@@ -208,15 +205,12 @@ def metric_names(weights):
 def compare(real, fake):
     """All scores of `fake` against `real` (Statistics), with what they are: dict(scores, features, real, fake).
 
-    Exits if the two can't be compared.
-    """
+    Exits if the two can't be compared."""
     if real.weights != fake.weights:
         sys.exit(f"error: features of different networks can't be compared: REAL has {real.weights}, "
                  f"FAKE {fake.weights}")
     a, b = real.provenance["size"], fake.provenance["size"]
-    if "unknown" in (a, b):
-        log_stderr("warning: a file of statistics does not say how large its images were: that could not be compared")
-    elif a != b:
+    if a != b and "unknown" not in (a, b):
         sys.exit(f"error: images of different sizes can't be compared: REAL has {a}, FAKE {b}. "
                  f"--size N brings REAL to the size of FAKE as training does.")
     for side, s in (("REAL", real), ("FAKE", fake)):
@@ -225,10 +219,8 @@ def compare(real, fake):
             log_stderr(f"warning: {side} has {n} images, fewer than the {len(s.mu)} features: its covariance is "
                        f"singular, and the Fréchet distance biased upwards; compare only scores of equal counts")
     fid_name, is_name, kid_name = metric_names(fake.weights)
-    try:
+    with reading("these statistics", "can't be compared"):
         scores = {fid_name: frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma)}
-    except ValueError as e:
-        sys.exit(f"error: {e}")
     if fake.score:
         scores[is_name], scores[f"{is_name} std"] = fake.score
     if real.kid_features is not None and fake.kid_features is not None:
@@ -252,8 +244,7 @@ def own_batches(items, batch):
 def statistics_of(path, features, size=None, crop=None, batch=64):
     """Statistics of a side of the comparison: a folder, zip, LMDB, npz of images or of statistics. Raises DataError.
 
-    size, crop   bring the images to a model's size first, through the very packing of training
-    """
+    size, crop   bring the images to a model's size first, through the very packing of training"""
     path = Path(path).expanduser()
     if path.suffix == ".npz" and path.is_file():
         if size:
@@ -309,12 +300,10 @@ def npz_images(path):
 
 def decoded_batches(source, batch):
     """This rank's batches (see `own_batches`) of a data source's images, decoded in threads one batch ahead."""
-
     def work(item):
         name, read, _ = item
         with reading(f"{name} in {source.path}", "can't be read"), Image.open(io.BytesIO(read())) as image:
             return np.asarray(image.convert("RGB"))           # as pytorch-fid: no turning, no white behind alpha
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         begun = ((start, pool.map(work, items)) for start, items in own_batches(source.items(0, None), batch))
         for (start, images), _ in pairwise(chain(begun, [None])):      # the next is begun before this one is waited for
@@ -348,7 +337,7 @@ def evaluate(args, path, features, device):
             try:
                 with whole_file(cache) as tmp:
                     tmp.write_text(json.dumps(result, indent=1))
-            except WriteError as e:
+            except SystemExit as e:
                 log_stderr(f"warning: this score is not kept: {e}")
         result["fake"]["checkpoint"] = str(path)
         results.append(result)
@@ -382,25 +371,21 @@ def parse_args(argv=None):
                    help="the real images, prepared as the checkpoint's training did (default: what it was trained on)")
     g.add_argument("--steps", type=at_least(1), nargs="+", default=[2, 4, 8, 16, 32, 64], metavar="N",
                    help="the columns of the table (default: 2 4 8 16 32 64)")
-    g.add_argument("-n", type=at_least(2), default=30_000, metavar="N",
-                   help="images to sample for each score (default: 30000, as in the paper)")
+    g.add_argument("-n", type=at_least(2), default=30_000, metavar="N", help="images for each score (default: 30000)")
     g.add_argument("--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance (default: 1)")
     ldm_flag(g)
     g.add_argument("--out", default="out/fid", metavar="DIR", help="for table.md and table.json (default: out/fid)")
-
     g = p.add_argument_group("image files")
     g.add_argument("sides", nargs="*", metavar="REAL FAKE",
                    help="two of: folder, zip, LMDB, npz of images (arr_0), npz of statistics; or one, with --save")
     g.add_argument("--save", metavar="NPZ", help="write the statistics of the last side here")
     g.add_argument("--size", type=at_least(1), help="bring REAL to this size as training does; with --ldm: the models'")
     g.add_argument("--crop", type=float, help="with --size: centre crop as in train.py, in pixels, or up to 1: a share")
-
     g = p.add_argument_group("features")
     g.add_argument("--weights", metavar="FILE",
                    help="Inception weights (default: pytorch-fid's, downloaded once), or random: rFID, no download")
     g.add_argument("--features", choices=["fp32", "bf16"], default="fp32",
                    help="precision of the Inception network; bf16 is faster, not for published numbers (default: fp32)")
-
     g = p.add_argument_group("rarely needed")
     g.add_argument("--seed", type=at_least(0), default=0, help="of the noise (default: 0)")
     g.add_argument("--raw", action="store_true", help="the weights themselves instead of their average (EMA)")
@@ -411,10 +396,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.save and (Path(args.save).suffix != ".npz" or args.save in args.sides):
         p.error("--save needs a new file, ending in .npz")
-    if args.ckpt and args.sides:
-        p.error("give either two sides, or --ckpt with --data")
-    if not args.ckpt and not (len(args.sides) == 2 or (len(args.sides) == 1 and args.save)):
-        p.error("give REAL and FAKE, or one of them with --save, or --ckpt")
+    if len(args.sides) not in ([0] if args.ckpt else [1, 2] if args.save else [2]):
+        p.error("give REAL and FAKE, or one of them with --save, or --ckpt with --data")
     if args.crop and not args.size:
         p.error("--crop goes with --size: it is part of bringing REAL to a model's size")
     return args
@@ -431,9 +414,7 @@ def compare_files(args, features):
     if len(sides) == 2:
         result = compare(*sides)
         for name, value in result["scores"].items():
-            if not name.endswith(" std"):
-                spread = result["scores"].get(name + " std")
-                print(f"{name}: {value:.6g}" + (f" ± {spread:.3g}" if spread is not None else ""))
+            print(f"{name}: {value:.6g}")
         for part in ("real", "fake", "features"):
             print(f"{part}: " + ", ".join(f"{k} {v}" for k, v in result[part].items()))
 

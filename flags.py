@@ -74,8 +74,7 @@ def parse_with_saved(p, argv, defaults):
     """Parse flags, which beat the settings of the run that --resume names, which beat `defaults`: of a preset, say.
 
     defaults  a function of the flags as given, which returns {name: value}
-    returns   (args, names of the settings that differ from the resumed run's)
-    """
+    returns   (args, names of the settings that differ from the resumed run's)"""
     argv = sys.argv[1:] if argv is None else argv
     given = p.parse_args([flag for flag in argv if flag not in ("-h", "--help")])
     p.set_defaults(**defaults(given))

@@ -53,8 +53,7 @@ class Guard:
     """Nothing anchors a data-free run: log where its trajectories end, and end it when that makes no sense.
 
     Sane is a standard deviation and a diversity within a factor `args.drift` of those the undistilled model's
-    samples had, and a mean within `args.drift` of their standard deviations. All ranks come to the same decision.
-    """
+    samples had, and a mean within `args.drift` of their standard deviations. All ranks come to the same decision."""
 
     def __init__(self, trainer):
         self.was, self.drift = moments(trainer.model_info["before"][-1]), trainer.args.drift
@@ -77,11 +76,9 @@ class Guard:
 def scorer(args, images, device, steps):
     """A hook that scores the averaged weights against the training images, for curves like Figure 3.
 
-    steps  step counts: each gives a line of the log
-    """
+    steps  step counts: each gives a line of the log"""
     features = load_features(args.weights, device)
     real = packed_statistics(images, features)
-
     def score(trainer):
         for s in steps:
             fake = sampled_statistics(sampler_of(trainer), s, args.fid_samples, features,
@@ -89,5 +86,4 @@ def scorer(args, images, device, steps):
             if rank() == 0:                                   # the others have drawn their share
                 result = compare(real, fake)
                 yield result["scores"] | {k: result[k] for k in ("features", "real", "fake")}
-
     return score

@@ -110,12 +110,10 @@ class Inception(nn.Module):
 class Features:
     """An Inception network that looks at 8-bit images.
 
-    weights   where its weights come from: the SHA-256 of their file, or "random-…"
-    id        what statistics must have in common to be compared: the weights and the precision
-    """
+    id: what statistics must share to be compared: the SHA-256 of the weights, or "random-…", and the precision."""
 
     def __init__(self, net, weights, device, dtype="fp32"):
-        self.net, self.weights, self.device, self.dtype = net, weights, torch.device(device), dtype
+        self.net, self.device, self.dtype = net, torch.device(device), dtype
         self.id = weights + ("" if dtype == "fp32" else "-" + dtype)
 
     @torch.no_grad()
@@ -134,9 +132,8 @@ class Features:
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + FILE
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-BYTES = 95_628_359
 RANDOM = "random"
-HOW_TO_GET = (f"Get {URL} ({BYTES:,} bytes) and put it there, or give its place as --weights; "
+HOW_TO_GET = (f"Get {URL} (95,628,359 bytes) and put it there, or give its place as --weights; "
               f"or use --weights random, whose scores are no FID")
 
 def load_features(weights=None, device="cpu", dtype="fp32"):
@@ -161,8 +158,7 @@ def fold(state, eps=1e-3):
     """The released file's tensors as `Inception` holds them: each batch norm (γ, β, μ, σ²) folded into its convolution.
 
     γ (w∗x − μ) / √(σ² + ε) + β = (s w)∗x + (β − s μ) with s = γ / √(σ² + ε). Raises KeyError naming a tensor that is
-    missing, or one too many.
-    """
+    missing, or one too many."""
     rest = {key: tensor for key, tensor in state.items() if not key.endswith(".num_batches_tracked")}
     folded = {"fc.weight": rest.pop("fc.weight")}
     rest.pop("fc.bias")                                       # unused here, but a file without it is another file

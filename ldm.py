@@ -26,8 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from checkpoint import CheckpointError, file_hash
-from checkpoint import load_model as load_own
+from checkpoint import CheckpointError, file_hash, load_model as load_own
 from data import Images, check_space, locked, wait_for_first_rank
 from ddim import LDMDiscrete
 from model import Downsample, ResBlock, SelfAttention, Transformer, UNet, UNetConfig, Upsample, attend
@@ -240,7 +239,6 @@ def diffusers_vq_name(key, levels):
     def level(m):
         i = int(m[3])
         return f"{m[1]}.{m[2]}_blocks.{i if m[2] == 'down' else levels - 1 - i}."
-
     key = re.sub(r"^(encoder|decoder)\.(down|up)\.(\d+)\.", level, key)
     key = re.sub(r"\.mid\.block_(\d)", lambda m: f".mid_block.resnets.{int(m[1]) - 1}", key)
     key = re.sub(r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1.", key)
@@ -279,8 +277,7 @@ def heads_of(bundle, key):
 def load_tensors(bundle, names, tensors, what):
     """Give the weights of `build` memory, and the values of a file: names {our name: their names}, tensors by theirs.
 
-    Ones at the end of a shape don't count: LDM's 1x1 convolutions are our linear layers. Raises CheckpointError.
-    """
+    Ones at the end of a shape don't count: LDM's 1x1 convolutions are our linear layers. Raises CheckpointError."""
     weights = bundle.state_dict()
     missing = [name for theirs in names.values() for name in theirs if not torch.is_tensor(tensors.get(name))]
     refuse(missing, what, "there is no")
@@ -327,8 +324,7 @@ def read_file(path):
     """A file of torch.save, or .safetensors, as plain values, mapped from the disk. Nothing in it is imported or run.
 
     Lightning's files mention classes (of callbacks), which torch rightly refuses: they become empty stand-ins here.
-    A file that calls anything but torch's own functions for tensors is refused. Raises CheckpointError.
-    """
+    A file that calls anything but torch's own functions for tensors is refused. Raises CheckpointError."""
     load_file = safetensors().torch.load_file if path.suffix == ".safetensors" else None
     try:
         if load_file:
@@ -390,7 +386,6 @@ def diffusers_configs(unet, autoencoder, latent_size):
     """{sub-folder: config.json} with which diffusers builds the same networks and takes the same steps."""
     def kinds(attending, plain):
         return [attending if 2 ** i in unet.attention else plain for i in range(len(unet.mult))]
-
     cross = "Cross" if unet.context_dim else ""
     net = dict(_class_name="UNet2DModel", sample_size=latent_size, in_channels=unet.in_channels,
                out_channels=unet.in_channels, block_out_channels=[m * unet.channels for m in unet.mult],
@@ -427,8 +422,7 @@ def check_folder(folder, configs, what):
 def export(net, state, folder):
     """Write a model in diffusers' layout: unet, vqvae, scheduler. The folder is there as a whole or not at all.
 
-    Raises CheckpointError for models that diffusers has no match for, and if the folder is in use.
-    """
+    Raises CheckpointError for models that diffusers has no match for, and if the folder is in use."""
     if "ldm" not in state:
         raise CheckpointError("error: only LDM's models can be exported: diffusers has no match for our noise schedule")
     folder, save_file = Path(folder), safetensors().torch.save_file
@@ -472,8 +466,7 @@ def load_model(path, device="cpu", ema=True, name=None, size=None):
     name   which of MODELS it is: needed for files that are not ours; those know it
     size   side of the images in pixels, for an unconditional model's file that is to draw others than it was made for
 
-    The state of an LDM has its name as `ldm`, and the `autoencoder`'s tensors. Raises CheckpointError.
-    """
+    The state of an LDM has its name as `ldm`, and the `autoencoder`'s tensors. Raises CheckpointError."""
     path = Path(path)
     if name and not path.exists():
         raise CheckpointError(f"error: no file or folder of LDM's at {path}")
@@ -494,10 +487,9 @@ def load_model(path, device="cpu", ema=True, name=None, size=None):
 def _load_foreign(path, content, device, ema, name, size):
     bundle, c, what = build(name), MODELS[name], f"{path} is not LDM's {name}"
     step = c.autoencoder.factor * 2 ** (len(c.unet.mult) - 1)
-    if size != c.size and c.unet.classes:
-        raise CheckpointError(f"error: --size {size}: {name} draws {c.size} pixels and nothing else")
-    if size < step or size % step:
-        raise CheckpointError(f"error: --size {size} must be a multiple of {step} for {name}")
+    if size < step or size % step or (size != c.size and c.unet.classes):
+        allowed = f"{c.size} and nothing else" if c.unet.classes else f"a multiple of {step}"
+        raise CheckpointError(f"error: --size {size}: for {name} it must be {allowed}")
     side = size // c.autoencoder.factor
     if content is None:
         names, tensors = diffusers_names(bundle), read_folder(path)
@@ -522,15 +514,12 @@ def model_hash(path):
     return file_hash(path)
 
 # ---- a data set as latents ------------------------------------------------------------------------------------
-AT_A_TIME = 8    # images that are encoded together
-
 class Latents(Images):
     """A packed data set as an LDM's autoencoder sees it: `batch` gives latents (B, C, h, w) and labels.
 
     Encoded once, each image and its mirror image, into a memory-mapped file beside the pixels, in half precision (which
     rounds by 5e-4 of a value): 49 KB for a 256x256 image. The file's name holds a hash of the autoencoder. Encoding
-    goes on where it was interrupted. Raises DataError.
-    """
+    goes on where it was interrupted. Raises DataError."""
 
     def __init__(self, images, state, device, dtype):
         super().__init__(images.folder)
@@ -556,8 +545,8 @@ class Latents(Images):
             f.truncate(done * one)                            # what was cut off in the middle is encoded again
             check_space(self.folder, (shape[0] - done) * one, "encoding the data")
             with progress(total=shape[0], initial=done, desc="encoding", unit="img") as bar:
-                for start in range(done, shape[0], AT_A_TIME):
-                    index = np.arange(start, min(start + AT_A_TIME, shape[0]))
+                for start in range(done, shape[0], 8):        # so many at a time
+                    index = np.arange(start, min(start + 8, shape[0]))
                     pairs = [net.encode(super(Latents, self).read(index, np.full(len(index), mirrored)).to(device))
                              for mirrored in (False, True)]
                     f.write(torch.stack(pairs, 1).half().cpu().numpy().tobytes())

@@ -68,8 +68,7 @@ CONFIGS = {
 def time_embedding(t, dim):
     """Sinusoidal embedding of t in [0, 1] -> (B, dim); cosines first, as guided-diffusion has it.
 
-    The frequencies were made for timesteps 0 … 1000, so t is scaled to that range: LDM's step i is t = i / 1000.
-    """
+    The frequencies were made for timesteps 0 … 1000, so t is scaled to that range: LDM's step i is t = i / 1000."""
     half = dim // 2
     freqs = torch.exp(torch.arange(half, device=t.device, dtype=t.dtype) * (-math.log(10000) / half))
     angle = 1000 * t[:, None] * freqs
@@ -183,8 +182,7 @@ class Upsample(nn.Conv2d):
     """Double the image: nearest neighbour, then a convolution that smooths it.
 
     On a CPU both at once, as a transposed convolution of the small image: 16 products in place of 36. Of three
-    neighbours in the doubled image two are the same pixel: their weights add up.
-    """
+    neighbours in the doubled image two are the same pixel: their weights add up."""
 
     def __init__(self, ch):
         super().__init__(ch, ch, 3, padding=1)
@@ -214,8 +212,7 @@ class UNet(nn.Module):
     """The network. Stages are numbered as guided-diffusion numbers its input_blocks and output_blocks.
 
     With `checkpointing` a stage keeps only its input, and is computed again in the backward pass: the same gradients
-    for a fraction of the memory, and a third more time.
-    """
+    for a fraction of the memory, and a third more time."""
 
     def __init__(self, config):
         super().__init__()
@@ -224,7 +221,6 @@ class UNet(nn.Module):
         width = 4 * c.channels
         self.time_in, self.time_out = nn.Linear(c.channels, width), nn.Linear(width, width)
         self.label = nn.Embedding(c.classes + 1, c.context_dim or width) if c.classes else None
-
         def attention(ch):
             return Transformer(c, ch) if c.context_dim else SelfAttention(c, ch)
 
@@ -242,7 +238,6 @@ class UNet(nn.Module):
 
         middle = attention(ch)
         self.mid = nn.ModuleList([Stage(ResBlock(c, ch, ch), middle), Stage(ResBlock(c, ch, ch))])
-
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(c.mult))):
             for i in range(c.blocks + 1):
@@ -250,7 +245,6 @@ class UNet(nn.Module):
                 attn = attention(ch) if factor in c.attention else None
                 self.up.append(Stage(res, attn, Upsample(ch) if i == c.blocks and level else None))
             factor //= 2
-
         self.norm = nn.GroupNorm(c.groups, ch)
         self.out = zero(nn.Conv2d(ch, c.in_channels, 3, padding=1))
 
@@ -273,8 +267,7 @@ class UNet(nn.Module):
         Returns (B, C, H, W) in the dtype of the weights, also under autocast: the difference between two
         neighbouring predictions is what self-distillation learns from, and bfloat16 would round it away.
         H and W must be divisible by 2^(levels - 1). y is needed exactly if the config has classes; where the label is
-        looked up as a context of one token, a context may be given in its place.
-        """
+        looked up as a context of one token, a context may be given in its place."""
         if any(side % 2 ** (len(self.config.mult) - 1) for side in z.shape[2:]):
             raise ValueError(f"image size {tuple(z.shape[2:])} is not divisible by 2 at each of this UNet's levels")
         if (y is not None) != (self.config.classes > 0 and context is None):

@@ -14,8 +14,7 @@ def draw_picture(index, size, seed=0):
     """Picture number `index` of the built-in data: (H, W, 3) uint8; its class is index % 10, in the order of SHAPES.
 
     A shape of random colour, place, size and tilt on a pale two-coloured gradient. Each kind has parts
-    that must fit together (a face has two eyes, a star five equal points), so that bad samples look bad.
-    """
+    that must fit together (a face has two eyes, a star five equal points), so that bad samples look bad."""
     rng = np.random.default_rng([seed, index])
     big = 4 * size                                            # drawn large, then shrunk: smooth edges
     hue = rng.random()

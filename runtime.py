@@ -21,8 +21,7 @@ from tqdm import tqdm
 def pick_device(name="auto"):
     """`--device`: a torch device; auto takes CUDA, else the CPU. Exits if it can't be used.
 
-    Under torchrun each process gets a GPU of its own, or its part of the cores, and meets the others here.
-    """
+    Under torchrun each process gets a GPU of its own, or its part of the cores, and meets the others here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
@@ -48,8 +47,7 @@ def pick_device(name="auto"):
 
 def _keep_freed_memory():
     """Have glibc keep what PyTorch frees. It would give big blocks back to the system after each layer, and
-    have them cleared page by page at the next: a tenth of the time of an update with self-distillation.
-    """
+    have them cleared page by page at the next: a tenth of the time of an update with self-distillation."""
     if platform.libc_ver()[0] == "glibc":
         mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4        # from malloc.h
         mallopt(mmap_max, 0)
@@ -113,8 +111,7 @@ def sum_over_ranks(x):
 def map_over_ranks(jobs, work):
     """work(job) for each job of a list, shared out one by one: job i is done on rank i mod ranks.
 
-    Yields the results in the order of the jobs, on rank 0; on the others nothing, but they must iterate as well.
-    """
+    Yields the results in the order of the jobs, on rank 0; on the others nothing, but they must iterate as well."""
     for start in range(0, len(jobs), ranks()):
         group = jobs[start:start + ranks()]
         result = work(group[rank()]) if rank() < len(group) else None

@@ -38,8 +38,7 @@ class Sampler:
     """A checkpoint's model made ready to draw images by their number.
 
     xhat     Denoiser;  shape (C, H, W) of what it draws: an image, or the latents that LDM's autoencoder decodes
-    classes  class indices given to image 0, 1, 2 … in turn, or None for an unconditional model;  w  their guidance
-    """
+    classes  class indices given to image 0, 1, 2 … in turn, or None for an unconditional model;  w  their guidance"""
 
     def __init__(self, net, state, device, dtype, classes=None, w=1.0, seed=0):
         self.xhat, self.shape = Denoiser.of(net, state), state["shape"]
@@ -73,8 +72,7 @@ class Sampler:
 def draw_grid(samplers, steps, n, path):
     """One PNG: a row for every step count and, in it, every model; the same n noises in every row. Rank 0 draws it.
 
-    samplers  {name: Sampler} of models that draw images of one shape
-    """
+    samplers  {name: Sampler} of models that draw images of one shape"""
     if rank():
         return
     rows, labels = [], []
@@ -91,8 +89,7 @@ class Samples:
 
     A PNG file is whole or not there. An npz is made when all its pixels are there, in a raw file. So what exists counts
     as done. A note of the settings lies with it, so that samples of two kinds never mix: exits if there are others that
-    may not be overwritten, or images that this script did not make. For rank 0 alone.
-    """
+    may not be overwritten, or images that this script did not make. For rank 0 alone."""
 
     def __init__(self, path, n, sampler, settings, overwrite):
         self.path, self.n, self.sampler = path, n, sampler
@@ -149,8 +146,7 @@ class Samples:
 def save_images(sampler, steps, n, batch, samples):
     """Draw those of n images that are missing, batch by batch, the ranks in turn. Ctrl-C leaves whole images.
 
-    samples  Samples on rank 0, which writes; None on the others
-    """
+    samples  Samples on rank 0, which writes; None on the others"""
     missing = broadcast(samples and samples.missing())
     batches = [missing[k:k + batch] for k in range(0, len(missing), batch)]
     drawn = map_over_ranks(batches, lambda indices: to_pixels(sampler(indices, steps)))

@@ -49,8 +49,7 @@ def training_loss(xhat, x, t, eps, y, b, step=STEP):
 
         L = α ‖v̂_t − v_t‖² + β ‖x' − x''‖²,   v_t = α_t ε − σ_t x              (Eq. 1)
 
-    ‖·‖² is the mean over pixels. v̂_t and x' come from the same evaluation, and b = 0 never makes the second.
-    """
+    ‖·‖² is the mean over pixels. v̂_t and x' come from the same evaluation, and b = 0 never makes the second."""
     a, s = xhat.schedule(t)
     z = a * x + s * eps                                       # z_t
     v = xhat.output(z, t, y)                                  # v̂_t, the one evaluation with a gradient
@@ -123,7 +122,6 @@ def parse_args(argv=None):
     g = p.add_argument_group("rarely changed")
     g.add_argument("--sample-steps", type=at_least(1), metavar="S", help="DDIM steps of the pictures")
     run_flags(g)
-
     args, changed = parse_with_saved(p, argv, lambda given: PRESETS[given.preset] | dict(out="out/train"))
     if changed - {"updates"}:
         print(f"resuming with another {', '.join(sorted(changed))}: "
@@ -168,7 +166,6 @@ def main(argv=None):
     print(f"{len(images):,} images of {args.size}x{args.size}, {param_count(trainer.net) / 1e6:.2f} M parameters, "
           f"{args.updates:,} updates of {args.batch} images on {describe_device(device)} in {args.dtype}, "
           f"distill {args.distill}")
-
     train(trainer, batches(images, args, trainer.step, device), args.distill)
     pictures = f" and {trainer.out}/samples-{trainer.step:06d}.png" if args.sample_every else ""
     print(f"done: {trainer.ckpt}{pictures}; few-step samples side by side: python sample.py --ckpt {trainer.ckpt}")

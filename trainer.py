@@ -41,8 +41,7 @@ class Trainer:
     hooks        pairs (N, hook): hook(trainer) is called every N updates and after the last; returns dicts to log
     watch        None, or called before each line of the log: watch(trainer) returns more to log, or ends the run
     extra_state  further networks that a resumed run needs, by name: see `second_net`
-    carried      tensors with a row for each image that the loop carries from one update to the next, by name
-    """
+    carried      tensors with a row for each image that the loop carries from one update to the next, by name"""
 
     def __init__(self, args, net, device, model_info, hooks=(), ema_warmup=True):
         self.args, self.device, self.model_info, self.ema_warmup = args, device, model_info, ema_warmup
@@ -128,8 +127,7 @@ class Trainer:
 
         After each: the log, checkpoints, hooks. Every rank runs it, and rank 0 writes. Nothing here waits for a GPU
         except where a value is logged. A loss or gradient that is not finite ends the run with the last good checkpoint
-        in place, Ctrl-C or SIGTERM with a fresh one: at once, or on several ranks at the next line of the log.
-        """
+        in place, Ctrl-C or SIGTERM with a fresh one: at once, or on several ranks at the next line of the log."""
         a, since, stop = self.args, time.perf_counter(), False
         due = lambda n: n and (self.step % n == 0 or self.step == a.updates)  # noqa: E731
         log_file = os.devnull if rank() or not self.out else self.out / "log.jsonl"
@@ -167,8 +165,7 @@ class Trainer:
     def _means(self, stopped, bar):
         """({name: mean of the updates since the last call}, whether any rank was stopped), over all ranks.
 
-        Ends the run if a value is not finite.
-        """
+        Ends the run if a value is not finite."""
         values = torch.stack(self.pending)
         flag = values.new_full((1,), stopped)                 # it rides on the one exchange that the log needs
         everything = (sum_over_ranks(torch.cat([values.flatten(), flag])) / ranks()).cpu()
@@ -239,11 +236,9 @@ def update_ema(average, net, decay):
 
 def batches(images, args, start, device):
     """Yield this rank's rows of batch `start`, `start` + 1 … as (x, y) on the device; a thread reads one ahead."""
-
     def fetch(step):
         x, y = images.batch(step, args.batch, args.seed, args.flip, (rank(), ranks()))
         return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
-
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(fetch, start)
         while True:
@@ -256,6 +251,7 @@ def batches(images, args, start, device):
 RUN_FILES = "ckpt.pt", "log.jsonl", "samples-*.png"
 
 def what_is_kept(trainer):
+    """The end of a message: what is left of a run that has to end."""
     kept = trainer.out and trainer.ckpt.exists()
     return f"{trainer.ckpt} holds the last good checkpoint" if kept else "there is no checkpoint yet"
 
@@ -263,15 +259,12 @@ def what_is_kept(trainer):
 def catch_signals():
     """A list that is empty until Ctrl-C or SIGTERM arrives; a second Ctrl-C interrupts at once.
 
-    Not under torchrun: it passes on what the terminal sends as well, and ends a process that takes over 30 seconds.
-    """
+    Not under torchrun: it passes on what the terminal sends as well, and ends a process that takes over 30 seconds."""
     stopped = []
-
     def handler(number, frame):
         if stopped and ranks() == 1:
             raise KeyboardInterrupt
         stopped.append(number)
-
     old = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stopped
@@ -282,8 +275,7 @@ def catch_signals():
 def check_out(args, more="--updates N asks for more"):
     """Look at flags and OUT before any work: the checkpoint to --resume from, or None. Exits if a run is in the way.
 
-    more  what the user of a finished run can do
-    """
+    more  what the user of a finished run can do"""
     out = Path(args.out)
     if args.batch % (ranks() * args.accumulate):
         sys.exit(f"error: --batch {args.batch} can't be shared equally by {ranks()} processes"
@@ -305,8 +297,7 @@ def check_out(args, more="--updates N asks for more"):
 def prepare_out(args, state):
     """Make OUT ready for the first update: an old run goes, after all checks, lest a typing error delete it.
 
-    With the state of a checkpoint: what a killed run logged after it goes, as those updates will be made again.
-    """
+    With the state of a checkpoint: what a killed run logged after it goes, as those updates will be made again."""
     if rank():
         return
     out, log = Path(args.out), Path(args.out) / "log.jsonl"

@@ -127,7 +127,7 @@ def test_weights_load_by_name_with_or_without_counters_and_nothing_else(released
     torch.save({k: v for k, v in released.items() if "num_batches" not in k}, path)
     b = inception.load_features(path)
     assert all(torch.equal(p, q) for p, q in zip(a.net.parameters(), b.net.parameters(), strict=True))
-    assert a.weights != b.weights and len(a.weights) == 64     # other bytes: other name, until someone looks closer
+    assert a.id != b.id and len(a.id) == 64     # other bytes: other name, until someone looks closer
     for change, message in (
         (lambda w: w.pop("Mixed_6b.branch7x7_2.bn.bias"), "Mixed_6b.branch7x7_2.bn.bias"),
         (lambda w: w.update({"AuxLogits.fc.weight": torch.zeros(2)}), "surplus AuxLogits.fc.weight"),
@@ -158,7 +158,7 @@ def test_random_weights_are_the_same_everywhere_and_never_called_fid():
     state = torch.get_rng_state()
     a, b = inception.load_features("random"), inception.load_features("random")
     assert torch.equal(torch.get_rng_state(), state)            # or training with --fid-every would be another training
-    assert a.weights == b.weights == "random-72007735"
+    assert a.id == b.id == "random-72007735"
     features = a(pictures(3, shape=(16, 16, 3)))[0]
     assert features.isfinite().all() and features.std(0).mean() > 0.01
     assert fid.metric_names(a.id) == ("rFID (random features)", "rIS (random features)", "rKID (random features)")
@@ -525,7 +525,7 @@ def test_scores_are_logged_during_training(tmp_path, tiny, monkeypatch):
 @pytest.mark.parametrize("flags,message", [
     ([], "give REAL and FAKE"),
     (["a"], "give REAL and FAKE"),
-    (["a", "b", "--ckpt", "c"], "give either two sides, or --ckpt"),
+    (["a", "b", "--ckpt", "c"], "give REAL and FAKE, or one of them with --save, or --ckpt"),
     (["a", "b", "--crop", "3"], "--crop goes with --size"),
     (["a", "--save", "a"], "ending in .npz"),
     (["a.npz", "--save", "a.npz"], "needs a new file"),

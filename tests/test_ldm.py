@@ -249,7 +249,7 @@ def test_unconditional_models_draw_other_sizes(files):
     assert state["shape"] == [3, 8, 8] and ldm.image_size(state) == 32
     with pytest.raises(CheckpointError, match="multiple of 32"):
         ldm.load_model(files["uncond"], name="uncond", size=48)
-    with pytest.raises(CheckpointError, match="64 pixels and nothing else"):
+    with pytest.raises(CheckpointError, match="it must be 64 and nothing else"):
         ldm.load_model(files["class"], name="class", size=32)
 
 # ---- diffusers' layout ------------------------------------------------------------------------------------------
