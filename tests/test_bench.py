@@ -6,6 +6,7 @@ import re
 import bench
 import pytest
 import torch
+from PIL import Image
 
 from model import UNet, param_count
 
@@ -18,12 +19,16 @@ def settings(*flags):
 
 def test_every_group_leaves_its_rows(tmp_path, capsys):
     """Medians, rates and ratios that fit together, in Markdown and in JSON."""
-    bench.main([*TINY, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")])
+    for name in ("one.jpg", "two.jpg"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9), "red").save(tmp_path / "data" / name)
+    bench.main([*TINY, "--methods", "dsdi", "tsd", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"),
+                "--cache", str(tmp_path / "cache")])
     found = json.loads((tmp_path / "out" / "bench.json").read_text())
     groups = {name: {row["what"]: row for row in g["rows"]} for name, g in found["groups"].items()}
     assert groups.keys() == bench.GROUPS.keys()
     assert {"plain", "--distill 0.15", "diffusers", "diffusers, channels last"} == groups["train"].keys()
-    assert groups["distill"].keys() == bench.METHODS.keys()
+    assert groups["distill"].keys() == {"dsdi", "tsd"}
     assert groups["sample"].keys() == {"1 steps", "3 steps"} and "fid.py" in groups["fid"]
     for row in groups["train"].values():
         assert row["images/s"] == pytest.approx(2 / row["s"]) and 0 < row["MFU"] < 1 and len(row["seconds"]) == 1
