@@ -236,7 +236,7 @@ def sample_rows(args):
 
 def fid_rows(args):
     """Inception features of images, float32 and bfloat16, and pytorch-fid's own network."""
-    images = torch.randint(256, (50, args.size, args.size, 3), dtype=torch.uint8).numpy()
+    images = torch.randint(256, (args.batch, args.size, args.size, 3), dtype=torch.uint8).numpy()
     net = Inception().eval().requires_grad_(False).to(args.device, memory_format=torch.channels_last)
     exact, rough = (Features(net, "bench", args.device, dtype) for dtype in ("fp32", "bf16"))
     calls = {"fid.py": lambda: exact(images)}
@@ -252,7 +252,7 @@ def fid_rows(args):
     except (ImportError, RuntimeError) as e:                  # a torchvision of another torch raises the latter
         no_row("pytorch-fid", e)
     times = race(calls, max(2, args.repeats // 4), args.device, "features")
-    return "Features for FID, 50 images at a time", table_rows(times, len(images), "pytorch-fid")
+    return f"Features for FID, {args.batch} images at a time", table_rows(times, len(images), "pytorch-fid")
 
 def data_rows(args):
     """Batches out of the packed cache, as train.py's loop reads them in a thread beside its updates."""

@@ -1,9 +1,12 @@
 """What several test files need: a tiny network, labelled images, the log of a run, a script in a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"     # pytest has a process for each core; read when torch is first imported
 
 import numpy as np
 import pytest

@@ -29,7 +29,7 @@ TINY = ["--size", "8", "--channels", "8", "--mult", "1", "2", "--blocks", "1", "
 def torchrun(*args, **kw):
     """A script in two processes: Popen."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, args)]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+    return subprocess.Popen(command, cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw)
 
 def done(child):
@@ -42,14 +42,6 @@ def done(child):
 def tiny(tmp_path):
     """The flags of a small run on labelled images, for one process or two."""
     return [*TINY, "--data", labelled_images(tmp_path / "data"), "--cache", str(tmp_path / "cache"), "--classes"]
-
-@pytest.fixture
-def one_thread():
-    """As torchrun's processes have here: another number of threads may add up in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
-    yield
-    torch.set_num_threads(before)
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
@@ -79,7 +71,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny, tmp_path, capsys):
         assert_close({k: x[k] for k in ("loss", "v", "grad_norm")}, {k: y[k] for k in ("loss", "v", "grad_norm")},
                      rtol=1e-4, atol=0)
 
-def test_samples_and_scores_of_two_processes_are_those_of_one(tiny, tmp_path, one_thread):
+def test_samples_and_scores_of_two_processes_are_those_of_one(tiny, tmp_path):
     """Samples to the last bit; scores to the rounding of sums, which two processes add up in another order."""
     train.main([*tiny, "--updates", "2", "--out", str(tmp_path / "out")])
     ckpt = ["--ckpt", str(tmp_path / "out" / "ckpt.pt"), "--device", "cpu", "--dtype", "fp32", "--batch", "4"]
