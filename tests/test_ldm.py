@@ -273,12 +273,20 @@ def test_what_was_exported_loads_again_bit_for_bit(loaded, name, tmp_path):
         ldm.export(net, state, tmp_path / "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x"]
 
+def test_group_norms_have_ldms_epsilons(loaded):
+    """1e-5 in the UNet, 1e-6 in the autoencoder: activations of the golden files are too large to tell."""
+    net, state = loaded["uncond"]
+    for module, eps in ((net, 1e-5), (ldm.autoencoder_of(state), 1e-6)):
+        assert {m.eps for m in module.modules() if isinstance(m, torch.nn.GroupNorm)} == {eps}
+
 def test_old_names_and_bin_files_load_too(loaded, tmp_path):
+    """The attention's layers as older versions of diffusers named them."""
     folder = exported(loaded, "uncond", tmp_path / "x")
     for part in ("unet", "vqvae"):
         file, tensors = next((folder / part).glob("*.safetensors")), {}
         for key, value in ldm.safetensors().torch.load_file(file).items():
-            for old, new in ldm.OLD_NAMES.items():
+            for new, old in {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.",
+                             ".to_out.0.": ".proj_attn."}.items():
                 key = key.replace(new, old)
             tensors[key] = value
         torch.save(tensors, file.with_suffix(".bin"))
