@@ -142,6 +142,14 @@ def test_the_autoencoder_is_ldms(loaded, name):
     assert_close(net.decode(g["z"]), g["decoded"], rtol=0, atol=1e-4)
     assert_close(net.decode(g["z_q"]), g["decoded"], rtol=0, atol=1e-4)
 
+def test_decoding_ends_in_float32_also_under_autocast(loaded, name):
+    """The last layer has all 256 shades to tell; what is before it may be rounded."""
+    net, g = ldm.autoencoder_of(loaded[name][1]), GOLDEN[name]
+    with torch.autocast("cpu", torch.bfloat16):
+        x = net.decode(g["z"])
+    assert x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float())
+    assert (x - g["decoded"]).abs().mean() < 0.02 * g["decoded"].std()
+
 def test_the_nearest_code_is_the_first_of_equals():
     net = ldm.Autoencoder(ldm.AutoencoderConfig(channels=32, mult=(1,), blocks=1, codes=3)).requires_grad_(False)
     net.quantize.embedding.weight.copy_(torch.tensor([[5.0, 5, 5], [1, 0, 0], [-1, 0, 0]]))
