@@ -281,6 +281,14 @@ def test_what_was_exported_loads_again_bit_for_bit(loaded, name, tmp_path):
         ldm.export(net, state, tmp_path / "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x"]
 
+def test_an_export_that_fails_leaves_nothing(loaded, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(ldm.safetensors().torch, "save_file", full)
+    with pytest.raises(CheckpointError, match="can't write .*No space left on device"):
+        ldm.export(*loaded["uncond"], tmp_path / "x")
+    assert not any(tmp_path.iterdir())
+
 def test_group_norms_have_ldms_epsilons(loaded):
     """1e-5 in the UNet, 1e-6 in the autoencoder: activations of the golden files are too large to tell."""
     net, state = loaded["uncond"]
@@ -298,8 +306,12 @@ def test_old_names_and_bin_files_load_too(loaded, tmp_path):
                 key = key.replace(new, old)
             tensors[key] = value
         torch.save(tensors, file.with_suffix(".bin"))
-        file.unlink()
+        file.rename(file.with_suffix(".away"))
     again, _ = ldm.load_model(folder, name="uncond")
+    for file in folder.glob("*/*.away"):                      # where both are there, safetensors is the one to read
+        file.with_suffix(".bin").write_bytes(b"damaged")
+        file.rename(file.with_suffix(".safetensors"))
+    ldm.load_model(folder, name="uncond")
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in loaded["uncond"][0].state_dict().items())
 
 def test_a_folder_of_another_model_is_refused(loaded, tmp_path):
