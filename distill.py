@@ -26,6 +26,8 @@ from ldm import MODELS, Latents, image_size, ldm_flag, load_model, model_hash
 from model import param_count
 from plans import METHODS, locate, plan, print_plan
 from runtime import broadcast, describe_device, launch, pick_device, pick_dtype, ranks
+from sample import Sampler
+from shortcut import OwnSamples, shortcut
 from trainer import Trainer, batches, check_out, prepare_out, update_ema
 
 # ---- Algorithms 1 and 2 -----------------------------------------------------------------------------------
@@ -55,7 +57,7 @@ def guidance_weight(trainer):
     w = low + (high - low) * torch.rand(1, 1, 1, 1, generator=trainer.random, device=trainer.device)
     return w.expand(trainer.args.batch // ranks(), 1, 1, 1)
 
-def fine_tune(trainer, plan):
+def fine_tune(trainer, plan, stream=None):
     """Algorithm 2, fine-tuning DSD: a batch walks from noise to data, and the model learns from two steps at a time.
 
     With a teacher, renewed at each depth: TSD. With --target-ema an average of the weights takes the second step."""
@@ -113,11 +115,22 @@ def progressive(trainer, plan, stream):
             trainer.backward(loss)
         trainer.update()                                      # θ ← θ − γ ∇_θ L
 
+def fine_tune_shortcut(trainer, plan, stream):
+    """Beyond the paper (shortcut.py): jumps of every length at once, anchored by the undistilled model."""
+    a = trainer.args
+    shortcut(trainer, stream, a.share, trainer.second_net("anchor"), a.guidance[0])
+
+def loop_of(schedule):
+    """The loop of a method: loop(trainer, plan, stream)."""
+    method = METHODS[schedule]
+    return fine_tune_shortcut if method.shortcut else progressive if method.data else fine_tune
+
 # ---- command line -----------------------------------------------------------------------------------------
 # For small models: the rates that a search (docs/results.md) found best for each method at these other settings.
 DEFAULTS = dict(updates=128, batch=32, warmup=12, betas=[0.9, 0.98], ema=0.98, log_every=8, sample_every=0,
                 save_every=64)
 RATES = {"dsdn": 1e-5, "dsdi": 1e-5, "dsdgl": 5e-6, "dsdgexp": 5e-6, "tsd": 1e-4, "pd": 1e-4}
+SHORTCUT = dict(updates=600, lr=1e-3, lr_end=1e-4, warmup=30, ema=0.95, guidance=[2.0, 2.0])    # its own, likewise
 
 # For LDM's models: Table 3. It has no batch, and no length of the warm-up: those are ours.
 TABLE3 = dict(updates=4000, batch=8, lr=1e-6, warmup=100, betas=[0.9, 0.98], ema=0.995, log_every=20, sample_every=1000,
@@ -129,7 +142,7 @@ def defaults(given):
     settings = dict(out=f"out/{given.schedule}")
     if given.ldm:
         return settings | (TABLE3_CLASSES if MODELS[given.ldm].unet.classes else TABLE3)
-    return settings | DEFAULTS | dict(lr=RATES[given.schedule])
+    return settings | DEFAULTS | (SHORTCUT if METHODS[given.schedule].shortcut else dict(lr=RATES[given.schedule]))
 
 def parse_args(argv=None):
     """Flags beat the settings of a resumed run, which beat the defaults."""
@@ -155,6 +168,9 @@ def parse_args(argv=None):
                         "model itself; if D is that of --ema, without a further copy (default: 0, the paper's)")
     g.add_argument("--drift", type=float, default=3.0, metavar="F",
                    help="end the run at F times more or less contrast or diversity than before; 0: never (default: 3)")
+    g.add_argument("--share", type=fraction, default=0.5, metavar="b", help="of the rows that jump, for shortcut")
+    g.add_argument("--pool", type=at_least(1), default=500, metavar="M",
+                   help="how many samples of its own shortcut draws, in --steps steps, where it has no --data")
     g = p.add_argument_group("the data")
     g.add_argument("--data", metavar="PATH",
                    help="folder, zip or LMDB that pd and --fid-every read (default: what the model was trained on)")
@@ -177,8 +193,10 @@ def check(p, args):
     for wrong, message in (
         (args.target_ema and method.teacher,
          f"--target-ema is for the methods without a teacher; in {args.schedule} the teacher makes the target"),
-        (args.data and not (method.data or args.fid_every or args.resume),
+        (args.data and not (method.data or method.shortcut or args.fid_every or args.resume),
          f"{args.schedule} reads no data; --data is for pd and --fid-every"),
+        (method.shortcut and args.guidance[0] != args.guidance[1],
+         "--guidance: shortcut bakes one weight into the model: give it twice"),
         (not 0 <= args.guidance[0] <= args.guidance[1], "--guidance LOW HIGH: two weights, the lower one first"),
         (args.drift and args.drift <= 1, "--drift is a factor: above 1, or 0 for never"),
         (Path(args.ckpt).resolve() == (Path(args.out) / "ckpt.pt").resolve(),
@@ -192,7 +210,7 @@ def check(p, args):
     except ValueError as e:
         p.error(str(e))
 
-FROM_SOURCE = "schedule", "predicts", "shape", "classes", "ldm", "autoencoder"    # what a distilled model has of it
+FROM_SOURCE = "schedule", "predicts", "shape", "classes", "guidance", "ldm", "autoencoder"    # what a distilled model has of it
 
 def history(args, source):
     """What was done to a model, one dict for each run: training, distillation, distillation of that …"""
@@ -214,6 +232,15 @@ def check_source(args, net, source, images):
         sys.exit(f"error: the model has {net.config.classes} classes, but {args.data or 'the data'} has "
                  f"{len(images.classes)} (sub-folders name the classes)")
 
+def own_samples(trainer):
+    """The data of a run of shortcut without --data: samples of the undistilled model, in --steps steps."""
+    a, anchor = trainer.args, trainer.second_net("anchor")
+    sampler = Sampler(anchor, trainer.model_info, trainer.device, a.dtype, range(anchor.config.classes) or None,
+                      seed=a.seed)
+    sampler.xhat.lengths = False                              # the ordinary denoiser
+    what = [trainer.model_info["history"][-1]["hash"], a.seed, a.dtype]
+    return OwnSamples(a.out, sampler, a.pool, a.steps, a.batch, what)
+
 def main(argv=None):
     args = parse_args(argv)
     if args.dry_run:
@@ -222,14 +249,18 @@ def main(argv=None):
     args.dtype = pick_dtype(args.dtype, device)
     state = check_out(args, f"distil it further as --ckpt {args.out}/ckpt.pt, into another --out")
     net, source = load_model(Path(args.out) / "ckpt.pt" if state else args.ckpt, device, name=args.ldm, size=args.size)
-    was, reads = source.get("args", {}), METHODS[args.schedule].data
+    was, reads = source.get("args", {}), METHODS[args.schedule].data or (METHODS[args.schedule].shortcut and args.data)
     args.size, args.crop, args.data = image_size(source), was.get("crop"), args.data or was.get("data")
     if args.ldm and not args.data and (reads or args.fid_every):
         sys.exit(f"error: nobody knows what LDM's {args.ldm} was trained on: give the images as --data")
     images = load_data(args.data, args.size, args.crop, args.cache) if reads or args.fid_every else None
+    if METHODS[args.schedule].shortcut and not net.config.step_length:
+        net.add_step_length()
     check_source(args, net, source, images)
     model_info = {k: source[k] for k in FROM_SOURCE if k in source}
     model_info["history"] = source["history"] if state else history(args, source)
+    if METHODS[args.schedule].shortcut and net.config.classes:
+        model_info["guidance"] = args.guidance[0]
     torch.manual_seed(args.seed)
     hooks = [(args.sample_every or args.updates, compare_picture)]
     if args.fid_every:
@@ -239,7 +270,8 @@ def main(argv=None):
     if state:
         trainer.load(state)
     steps, guard = plan(args.schedule, args.steps, args.updates), Guard(trainer)
-    trainer.watch = lambda _: dict(depth=locate(steps, trainer.step - 1)[0]) | guard(trainer)
+    if not METHODS[args.schedule].shortcut:
+        trainer.watch = lambda _: dict(depth=locate(steps, trainer.step - 1)[0]) | guard(trainer)
     stream = None
     if reads:
         data = Latents(images, source, device, args.dtype) if args.ldm else images
@@ -247,7 +279,9 @@ def main(argv=None):
     prepare_out(args, state)
     print(f"{args.schedule}: {param_count(net) / 1e6:.2f} M parameters, {args.updates:,} updates of {args.batch} on "
           f"{describe_device(device)} in {args.dtype}, from {args.steps} steps, lr {args.lr:g} to {args.lr_end:g}")
-    progressive(trainer, steps, stream) if reads else fine_tune(trainer, steps)
+    if METHODS[args.schedule].shortcut and not reads:
+        stream = batches(own_samples(trainer), args, trainer.step, device)
+    loop_of(args.schedule)(trainer, steps, stream)
     scores = f"--ldm {args.ldm} --data IMAGES " if args.ldm else ""
     print(f"done: {trainer.ckpt} and {trainer.out}/samples-{trainer.step:06d}.png; "
           f"scores: python fid.py {scores}--ckpt {args.ckpt} {trainer.ckpt}")

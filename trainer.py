@@ -32,6 +32,8 @@ from checkpoint import load_checkpoint, save_checkpoint, whole_file
 from ddim import SCHEDULES, Denoiser
 from runtime import all_gather, autocast, local_rows, memory_format, progress, rank, ranks, sum_over_ranks
 
+LABEL_DROPOUT = 0.1       # how often a label gives way to the null class
+
 class Trainer:
     """A network in training with its optimiser, its running average, its place in the run, and its files.
 
@@ -65,8 +67,9 @@ class Trainer:
         net = self.shared if net is None else net
         if self.args.compile and net not in self.compiled:
             self.compiled[net] = torch.compile(net, mode=self.args.compile)
-        return Denoiser(self.compiled.get(net, net), self.schedule, self.model_info["predicts"],
-                        self.net.config.classes or None)
+        c = self.net.config
+        return Denoiser(self.compiled.get(net, net), self.schedule, self.model_info["predicts"], c.classes or None,
+                        c.step_length)
 
     def second_net(self, name):
         """A copy of the averaged weights, kept in the checkpoints under this name: a teacher, another average."""
@@ -90,6 +93,10 @@ class Trainer:
     def randint(self, high):
         """0 … high − 1 for each image (B,), as `rand`."""
         return self._draw(torch.randint, high, (self.args.batch,))
+
+    def drop_labels(self, y):
+        """The labels y (B,) with the null class in place of one in ten, so that guidance has something to push from."""
+        return torch.where(self.rand() < LABEL_DROPOUT, self.net.config.classes, y)
 
     def autocast(self):
         return autocast(self.device, self.args.dtype)

@@ -34,14 +34,14 @@ class Mixture:
         angle = torch.arange(count) * (2 * math.pi / count)
         self.mean, self.std = radius * torch.stack([angle.cos(), angle.sin()], 1), std
         self.weight = torch.linspace(1, 2, count) / torch.linspace(1, 2, count).sum()
-        self.schedule, self.kind = Cosine(), "x"
+        self.schedule, self.kind, self.lengths = Cosine(), "x", False
 
     def draw(self, n, generator=None):
         """n exact samples (n, 2, 1, 1)."""
         which = torch.multinomial(self.weight, n, replacement=True, generator=generator)
         return (self.mean[which] + self.std * torch.randn(n, 2, generator=generator))[:, :, None, None]
 
-    def __call__(self, z, t, y=None, w=1.0):
+    def __call__(self, z, t, y=None, w=1.0, d=0.0):
         """E[x | z_t] (B, 2, 1, 1): each component's posterior mean, weighted by its posterior probability."""
         a, s = self.schedule(torch.as_tensor(t).expand(len(z)))
         a, s, z = a[:, :, 0, 0], s[:, :, 0, 0], z[:, :, 0, 0]
