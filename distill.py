@@ -210,7 +210,8 @@ def check(p, args):
     except ValueError as e:
         p.error(str(e))
 
-FROM_SOURCE = "schedule", "predicts", "shape", "classes", "guidance", "ldm", "autoencoder"    # what a distilled model has of it
+# What a distilled model has of its source:
+FROM_SOURCE = "schedule", "predicts", "shape", "classes", "guidance", "ldm", "autoencoder"
 
 def history(args, source):
     """What was done to a model, one dict for each run: training, distillation, distillation of that …"""
@@ -249,17 +250,18 @@ def main(argv=None):
     args.dtype = pick_dtype(args.dtype, device)
     state = check_out(args, f"distil it further as --ckpt {args.out}/ckpt.pt, into another --out")
     net, source = load_model(Path(args.out) / "ckpt.pt" if state else args.ckpt, device, name=args.ldm, size=args.size)
-    was, reads = source.get("args", {}), METHODS[args.schedule].data or (METHODS[args.schedule].shortcut and args.data)
+    was, method = source.get("args", {}), METHODS[args.schedule]
+    reads = method.data or (method.shortcut and args.data)
     args.size, args.crop, args.data = image_size(source), was.get("crop"), args.data or was.get("data")
     if args.ldm and not args.data and (reads or args.fid_every):
         sys.exit(f"error: nobody knows what LDM's {args.ldm} was trained on: give the images as --data")
     images = load_data(args.data, args.size, args.crop, args.cache) if reads or args.fid_every else None
-    if METHODS[args.schedule].shortcut and not net.config.step_length:
+    if method.shortcut and not net.config.step_length:
         net.add_step_length()
     check_source(args, net, source, images)
     model_info = {k: source[k] for k in FROM_SOURCE if k in source}
     model_info["history"] = source["history"] if state else history(args, source)
-    if METHODS[args.schedule].shortcut and net.config.classes:
+    if method.shortcut and net.config.classes:
         model_info["guidance"] = args.guidance[0]
     torch.manual_seed(args.seed)
     hooks = [(args.sample_every or args.updates, compare_picture)]
@@ -270,7 +272,7 @@ def main(argv=None):
     if state:
         trainer.load(state)
     steps, guard = plan(args.schedule, args.steps, args.updates), Guard(trainer)
-    if not METHODS[args.schedule].shortcut:
+    if not method.shortcut:
         trainer.watch = lambda _: dict(depth=locate(steps, trainer.step - 1)[0]) | guard(trainer)
     stream = None
     if reads:
@@ -279,7 +281,7 @@ def main(argv=None):
     prepare_out(args, state)
     print(f"{args.schedule}: {param_count(net) / 1e6:.2f} M parameters, {args.updates:,} updates of {args.batch} on "
           f"{describe_device(device)} in {args.dtype}, from {args.steps} steps, lr {args.lr:g} to {args.lr_end:g}")
-    if METHODS[args.schedule].shortcut and not reads:
+    if method.shortcut and not reads:
         stream = batches(own_samples(trainer), args, trainer.step, device)
     loop_of(args.schedule)(trainer, steps, stream)
     scores = f"--ldm {args.ldm} --data IMAGES " if args.ldm else ""

@@ -15,9 +15,9 @@ denoiser. A share b of the rows of each batch learns to jump, the others learn f
 It is (1 − b) · diffusion + b · self-distillation in expectation: Equation 1 with another second term. N steps are
 sampled with d = 1/N.
 
-Relatives: shortcut models (Frans et al. 2024), whose loss this is, but for the schedule and the real d; TRACT (Berthelot
-et al. 2023): this x'' with an average as the teacher, and no d; flow-map self-distillation (Boffi et al. 2025);
-MeanFlow (Geng et al. 2025).
+Relatives: shortcut models (Frans et al. 2024), whose loss this is, but for the schedule and the real d; TRACT
+(Berthelot et al. 2023): this x'' with an average as the teacher, and no d; flow-map self-distillation (Boffi et al.
+2025); MeanFlow (Geng et al. 2025).
 """
 
 import hashlib
@@ -139,7 +139,9 @@ class OwnSamples(Images):
         log_stderr(f"drawing {shape[0]:,} samples of its own: {shape[0] * steps:,} evaluations, "
                    f"{shape[0] * one / 1e6:,.0f} MB; kept as {path}")
         jobs = [range(k, min(k + batch, shape[0])) for k in range(done, shape[0], batch)]
-        drawn = map_over_ranks(jobs, lambda job: sampler.draw([self.FIRST + i for i in job], steps).half().cpu().numpy())
+        def draw(job):
+            return sampler.draw([self.FIRST + i for i in job], steps).half().cpu().numpy()
+        drawn = map_over_ranks(jobs, draw)
         with open(os.devnull if rank() else part, "ab") as f, progress(total=shape[0], initial=done, unit="img") as bar:
             if rank() == 0:
                 f.truncate(done * one)                        # what was cut off in the middle is drawn again

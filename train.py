@@ -96,7 +96,7 @@ def parse_args(argv=None):
     g.add_argument("--distill", type=float, nargs="?", const=0.15, default=0.0, metavar="b",
                    help="weight of the self-distillation term in Equation 1; the paper's is 0.15; 0: plain training")
     g.add_argument("--shortcut", action=argparse.BooleanOptionalAction, default=False,
-                   help="beyond the paper: tell the network how far it jumps; b is a share of the rows: see shortcut.py")
+                   help="beyond the paper: tell the network how far it jumps; b is the share of rows that do")
     g.add_argument("--preset", choices=PRESETS, default="toy", help="defaults for all other flags (default: toy)")
     optimiser_flags(g)
     out_flags(g, "out/train")
@@ -107,7 +107,7 @@ def parse_args(argv=None):
     g.add_argument("--crop", type=positive, help="centre crop first: in pixels, or up to 1: a share of the side")
     g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half (default: on)")
     g.add_argument("--guidance", type=float, default=1.0, metavar="W",
-                   help="with --shortcut and --classes: the guidance weight that few steps take over (default: 1, none)")
+                   help="with --shortcut and --classes: the guidance that is built into jumps (default: 1, none)")
     g.add_argument("--classes", action=argparse.BooleanOptionalAction, default=False,
                    help="condition on the labels (sub-folders), one in ten dropped, for guidance")
     g = p.add_argument_group("the model (each of these beats what --model says)")

@@ -67,7 +67,6 @@ def test_a_network_that_knows_the_flow_has_no_loss_and_no_gradient(k):
         xhat, average = (Denoiser(n, Cosine(), lengths=True) for n in (net, GaussianFlow()))
         loss, _ = shortcut.shortcut_loss(xhat, average, x, eps, t, d, None, jumps, rest)
         gradient = torch.autograd.grad(loss, net.scale)[0].abs()
-        limit = 1e-5 if k == shortcut.LEVELS - 1 else 1e-12
         least, most = (1e-25, 1e-12) if k < shortcut.LEVELS - 1 else (1e-5, 2e-3)
         assert (loss < least and gradient < most) if exact else (loss > 1e-4 and gradient > 1e-2)
 
