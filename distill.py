@@ -130,7 +130,9 @@ def loop_of(schedule):
 DEFAULTS = dict(updates=128, batch=32, warmup=12, betas=[0.9, 0.98], ema=0.98, log_every=8, sample_every=0,
                 save_every=64)
 RATES = {"dsdn": 1e-5, "dsdi": 1e-5, "dsdgl": 5e-6, "dsdgexp": 5e-6, "tsd": 1e-4, "pd": 1e-4}
-SHORTCUT = dict(updates=600, lr=1e-3, lr_end=1e-4, warmup=30, ema=0.95, guidance=[2.0, 2.0])    # its own, likewise
+
+# For shortcut, with any model; with LDM's they were never tried.
+SHORTCUT = dict(updates=600, lr=1e-3, lr_end=1e-4, warmup=30, ema=0.95, guidance=[2.0, 2.0])
 
 # For LDM's models: Table 3. It has no batch, and no length of the warm-up: those are ours.
 TABLE3 = dict(updates=4000, batch=8, lr=1e-6, warmup=100, betas=[0.9, 0.98], ema=0.995, log_every=20, sample_every=1000,
@@ -141,8 +143,10 @@ def defaults(given):
     """What the flags of the optimiser and the run are unless given."""
     settings = dict(out=f"out/{given.schedule}")
     if given.ldm:
-        return settings | (TABLE3_CLASSES if MODELS[given.ldm].unet.classes else TABLE3)
-    return settings | DEFAULTS | (SHORTCUT if METHODS[given.schedule].shortcut else dict(lr=RATES[given.schedule]))
+        settings |= TABLE3_CLASSES if MODELS[given.ldm].unet.classes else TABLE3
+    else:
+        settings |= DEFAULTS | dict(lr=RATES.get(given.schedule))
+    return settings | (SHORTCUT if METHODS[given.schedule].shortcut else {})
 
 def parse_args(argv=None):
     """Flags beat the settings of a resumed run, which beat the defaults."""
@@ -191,6 +195,8 @@ def check(p, args):
     """Refuse values that can't work before anything is touched, and settle what depends on others."""
     method = METHODS[args.schedule]
     for wrong, message in (
+        (args.target_ema and method.shortcut,
+         "--target-ema is not for shortcut, whose targets --ema makes"),
         (args.target_ema and method.teacher,
          f"--target-ema is for the methods without a teacher; in {args.schedule} the teacher makes the target"),
         (args.data and not (method.data or method.shortcut or args.fid_every or args.resume),
@@ -216,8 +222,10 @@ FROM_SOURCE = "schedule", "predicts", "shape", "classes", "guidance", "ldm", "au
 def history(args, source):
     """What was done to a model, one dict for each run: training, distillation, distillation of that …"""
     was = source.get("args", {})
-    trained = dict(how="train", updates=source.get("step"), distill=was.get("distill"), data=was.get("data"))
-    keep = "updates", "batch", "steps", "lr", "lr_end", "target", "weight", "target_ema", "ema", "seed"
+    trained = dict(how="train --shortcut" if was.get("shortcut") else "train", updates=source.get("step"),
+                   distill=was.get("distill"), data=was.get("data"))
+    keep = ["updates", "batch", "steps", "lr", "lr_end", "ema", "seed"]
+    keep += ["share", "pool", "guidance"] if METHODS[args.schedule].shortcut else ["target", "weight", "target_ema"]
     now = dict(how=args.schedule, ckpt=str(args.ckpt), hash=model_hash(args.ckpt)) | {k: getattr(args, k) for k in keep}
     return [*source.get("history", [trained]), now]
 
@@ -225,6 +233,8 @@ def check_source(args, net, source, images):
     """Exit if the model does not go with the flags: its defaults, its noise schedule, its classes."""
     if "ldm" in source and not args.ldm:
         sys.exit(f"error: {args.ckpt} is LDM's {source['ldm']}: give --ldm {source['ldm']}, which has other defaults")
+    if net.config.step_length and not METHODS[args.schedule].shortcut:
+        sys.exit(f"error: {args.ckpt} is told the length of its steps: only --schedule shortcut distils it further")
     try:
         Denoiser.of(net, source).schedule.times(args.steps)
     except ValueError as e:

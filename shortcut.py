@@ -120,6 +120,9 @@ class OwnSamples(Images):
     def __init__(self, out, sampler, n, steps, batch, settings):
         digest = hashlib.sha256(json.dumps([settings, n, steps]).encode()).hexdigest()[:12]
         path, shape = Path(out) / f"pool-{digest}.f16", (n, *sampler.shape)
+        for other in [] if rank() else Path(out).glob("pool-*"):
+            if other.stem != path.stem:                       # what a run that was overwritten drew
+                other.unlink()
         if not broadcast(path.exists()):
             self._draw(path, shape, sampler, steps, batch)
         broadcast(None)                                       # rank 0 has written all of it
