@@ -64,9 +64,7 @@ def fine_tune(trainer, plan, stream=None):
     a, net, classes = trainer.args, trainer.net, trainer.net.config.classes
     xhat, schedule = trainer.denoiser(), trainer.schedule     # x̂_θ
     teacher = trainer.second_net("teacher") if METHODS[a.schedule].teacher else None
-    average = None
-    if a.target_ema:                                          # the average for sampling serves if it is the very same
-        average = trainer.ema if a.target_ema == a.ema else trainer.second_net("target")
+    average = trainer.average(a.target_ema) if a.target_ema else None
     first = trainer.denoiser(teacher) if teacher else None    # x̂_η
     second = first or (trainer.denoiser(average) if average else xhat)
     z, y, w = (trainer.carried.get(name) for name in ("z", "y", "w"))
@@ -87,8 +85,6 @@ def fine_tune(trainer, plan, stream=None):
             z2.append(arrived)
         trainer.update()                                      # θ ← θ − γ ∇_θ L
         z = torch.cat(z2)                                     # z_t'': there the trajectory goes on
-        if average and average is not trainer.ema:
-            update_ema(average, net, a.target_ema)
         trainer.carried |= dict(z=z) | (dict(y=y, w=w) if classes else {}) | (dict(ends=z) if i == 2 else {})
 
 def progressive(trainer, plan, stream):
@@ -132,7 +128,8 @@ DEFAULTS = dict(updates=128, batch=32, warmup=12, betas=[0.9, 0.98], ema=0.98, l
 RATES = {"dsdn": 1e-5, "dsdi": 1e-5, "dsdgl": 5e-6, "dsdgexp": 5e-6, "tsd": 1e-4, "pd": 1e-4}
 
 # For shortcut, with any model; with LDM's they were never tried.
-SHORTCUT = dict(updates=600, lr=1e-3, lr_end=1e-4, warmup=30, ema=0.95, guidance=[2.0, 2.0])
+SHORTCUT = dict(updates=600, lr=1e-3, lr_end=1e-4, warmup=30, ema=0.95, target_ema=0.95,
+                guidance=[2.0, 2.0])
 
 # For LDM's models: Table 3. It has no batch, and no length of the warm-up: those are ours.
 TABLE3 = dict(updates=4000, batch=8, lr=1e-6, warmup=100, betas=[0.9, 0.98], ema=0.995, log_every=20, sample_every=1000,
@@ -195,8 +192,6 @@ def check(p, args):
     """Refuse values that can't work before anything is touched, and settle what depends on others."""
     method = METHODS[args.schedule]
     for wrong, message in (
-        (args.target_ema and method.shortcut,
-         "--target-ema is not for shortcut, whose targets --ema makes"),
         (args.target_ema and method.teacher,
          f"--target-ema is for the methods without a teacher; in {args.schedule} the teacher makes the target"),
         (args.data and not (method.data or method.shortcut or args.fid_every or args.resume),
@@ -224,8 +219,8 @@ def history(args, source):
     was = source.get("args", {})
     trained = dict(how="train --shortcut" if was.get("shortcut") else "train", updates=source.get("step"),
                    distill=was.get("distill"), data=was.get("data"))
-    keep = ["updates", "batch", "steps", "lr", "lr_end", "ema", "seed"]
-    keep += ["share", "pool", "guidance"] if METHODS[args.schedule].shortcut else ["target", "weight", "target_ema"]
+    keep = ["updates", "batch", "steps", "lr", "lr_end", "ema", "target_ema", "seed"]
+    keep += ["share", "pool", "guidance"] if METHODS[args.schedule].shortcut else ["target", "weight"]
     now = dict(how=args.schedule, ckpt=str(args.ckpt), hash=model_hash(args.ckpt)) | {k: getattr(args, k) for k in keep}
     return [*source.get("history", [trained]), now]
 

@@ -91,7 +91,7 @@ def step_lengths(jump, t, k):
 def shortcut(trainer, stream, b, anchor=None, w=1.0):
     """Training and fine-tuning alike: the loss on batch after batch of a stream of (x, y), this rank's rows of each."""
     args, device = trainer.args, trainer.device
-    xhat, average = trainer.denoiser(), trainer.denoiser(trainer.ema)
+    xhat, average = trainer.denoiser(), trainer.denoiser(trainer.average(args.target_ema))
     anchor = anchor and trainer.denoiser(anchor)
     jump = local_rows(jump_rows(args.batch, b))
     kinds = [[part.nonzero().flatten().to(device), (~part).nonzero().flatten().to(device)]

@@ -19,7 +19,7 @@ import torch
 
 from data import load_data, save_grid
 from ddim import ddim_sample, ddim_target, start_noise, to_x
-from flags import at_least, optimiser_flags, out_flags, parse_with_saved, positive, run_flags, score_flags
+from flags import at_least, fraction, optimiser_flags, out_flags, parse_with_saved, positive, run_flags, score_flags
 from model import CONFIGS, UNet, UNetConfig, param_count
 from runtime import describe_device, launch, memory_format, pick_device, pick_dtype, rank
 from shortcut import shortcut
@@ -97,6 +97,8 @@ def parse_args(argv=None):
                    help="weight of the self-distillation term in Equation 1; the paper's is 0.15; 0: plain training")
     g.add_argument("--shortcut", action=argparse.BooleanOptionalAction, default=False,
                    help="beyond the paper: tell the network how far it jumps; b is the share of rows that do")
+    g.add_argument("--target-ema", type=fraction, default=0.95, metavar="D",
+                   help="with --shortcut: decay of the running average that makes the targets (default: 0.95)")
     g.add_argument("--preset", choices=PRESETS, default="toy", help="defaults for all other flags (default: toy)")
     optimiser_flags(g)
     out_flags(g, "out/train")

@@ -55,7 +55,7 @@ class Trainer:
         self.opt = torch.optim.Adam(self.net.parameters(), lr=args.lr, betas=tuple(args.betas), fused=True)
         self.schedule = SCHEDULES[model_info["schedule"]]()
         self.step, self.hooks, self.watch = 0, hooks, None
-        self.extra_state, self.carried, self.resumed = {}, {}, None
+        self.extra_state, self.averages, self.carried, self.resumed = {}, {}, {}, None
         self.compiled, self.values, self.pending = {}, [], []
         self.random = torch.Generator(device).manual_seed(args.seed)     # alike on all ranks, see `rand`
         torch.manual_seed(args.seed + rank())                            # for dropout, the only other user of chance
@@ -78,6 +78,12 @@ class Trainer:
             if self.resumed:
                 self.extra_state[name].load_state_dict(self.resumed["extra_state"][name])
         return self.extra_state[name]
+
+    def average(self, decay):
+        """A running average of the weights with this decay: the one that is sampled if it has that, or one more."""
+        if decay != self.args.ema:
+            self.averages = {self.second_net("target"): decay}
+        return self.second_net("target") if self.averages else self.ema
 
     def _draw(self, kind, *args):
         return local_rows(kind(*args, generator=self.random, device=self.device))
@@ -125,6 +131,8 @@ class Trainer:
         self.opt.zero_grad(set_to_none=True)
         # A short memory at first: an average still full of the random start would show noise for thousands of updates.
         update_ema(self.ema, self.net, min(self.args.ema, (1 + self.step) / (10 + self.step) if self.ema_warmup else 1))
+        for average, decay in self.averages.items():
+            update_ema(average, self.net, decay)
         means = {k: sum(v[k] for v in self.values) / len(self.values) for k in self.values[0]} | dict(grad_norm=norm)
         self.names, self.values = list(means), []
         self.pending.append(torch.stack([*means.values()]).float())
