@@ -13,7 +13,7 @@ denoiser. A share b of the rows of each batch learns to jump, the others learn f
     L = ‖v' − v_t‖²          d = 0: the diffusion loss of Equation 1
 
 It is (1 − b) · diffusion + b · self-distillation in expectation: Equation 1 with another second term. N steps are
-sampled with d = 1/N.
+sampled with d = 1/N. In fine-tuning the other rows learn from the undistilled model, whose targets have no noise.
 
 Relatives: shortcut models (Frans et al. 2024), whose loss this is, but for the schedule and the real d; TRACT
 (Berthelot et al. 2023): this x'' with an average as the teacher, and no d; flow-map self-distillation (Boffi et al.
@@ -39,7 +39,7 @@ def to_v(xhat, out, z, a, s):
     """v = (α z − x) / σ of the clean image x that an output of the Denoiser x̂'s network stands for."""
     return out if xhat.kind == "v" else (a * z - to_x(xhat.kind, out, z, a, s)) / s
 
-def shortcut_loss(xhat, average, x, eps, t, d, y, jumps, rest, anchor=None, w=1.0):
+def shortcut_loss(xhat, average, x, eps, t, d, y, jumps, rest, anchor=None, w=1.0, weight=1.0):
     """The loss of a batch of which some rows jump, from one evaluation with gradient.
 
     xhat, average  Denoisers of v̂_θ and of the running average of its weights, which makes the targets of jumps
@@ -47,7 +47,8 @@ def shortcut_loss(xhat, average, x, eps, t, d, y, jumps, rest, anchor=None, w=1.
     y              (B,) labels or None;  jumps, rest  the numbers of the rows that jump, and of those that do not
     anchor         Denoiser of the undistilled model, which the rest then learns from; None: from the data
     w              guidance weight of the shortest steps' targets, from where longer ones take it on (Frans et al.)
-    returns        loss (scalar), and the share of it that each kind of row has, by name"""
+    weight         of the rows that jump
+    returns        loss (scalar), and by name what each kind of row adds to it, before the weight"""
     a, s = xhat.schedule(t)
     z = a * x + s * eps
     v = to_v(xhat, xhat.output(z, t, y, d=d), z, a, s)        # v', the one evaluation with a gradient
@@ -60,7 +61,7 @@ def shortcut_loss(xhat, average, x, eps, t, d, y, jumps, rest, anchor=None, w=1.
         target[jumps] = shortcut_target(average, *rows(jumps), d[jumps], w)
     error = (v - target).square()
     jumped = error[jumps].sum() / error.numel()
-    return error.mean(), {"v": error.mean() - jumped, "jump": jumped}
+    return error.mean() + (weight - 1) * jumped, {"v": error.mean() - jumped, "jump": jumped}
 
 @torch.no_grad()
 def ordinary_v(xhat, z, t, y, a, s):
@@ -88,25 +89,35 @@ def step_lengths(jump, t, k):
     d = 0.5 ** k
     return torch.where(jump, (t / d).ceil() * d, t), torch.where(jump, d, 0.0)
 
-def shortcut(trainer, stream, b, anchor=None, w=1.0):
-    """Training and fine-tuning alike: the loss on batch after batch of a stream of (x, y), this rank's rows of each."""
-    args, device = trainer.args, trainer.device
-    xhat, average = trainer.denoiser(), trainer.denoiser(trainer.average(args.target_ema))
+def kinds_of_rows(trainer, b):
+    """(the mask of this rank's rows that jump, (numbers of those, numbers of the rest) in each part of them)."""
+    jump, device = local_rows(jump_rows(trainer.args.batch, b)), trainer.device
+    parts = [tuple(mask.nonzero().flatten().to(device) for mask in (part, ~part))
+             for part in jump.chunk(trainer.args.accumulate)]
+    return jump.to(device), parts
+
+def shortcut(trainer, stream, b, anchor=None, w=1.0, weight=1.0, start=0):
+    """The loss on batch after batch of a stream of (x, y), this rank's rows of each; jumps from update `start` on."""
+    xhat, average = trainer.denoiser(), trainer.denoiser(trainer.average(trainer.args.target_ema))
     anchor = anchor and trainer.denoiser(anchor)
-    jump = local_rows(jump_rows(args.batch, b))
-    kinds = [[part.nonzero().flatten().to(device), (~part).nonzero().flatten().to(device)]
-             for part in jump.chunk(args.accumulate)]
-    jump = jump.to(device)
-    for _ in trainer.steps():                                 # logs, saves, resumes, stops
+    early, late = kinds_of_rows(trainer, 0), kinds_of_rows(trainer, b)
+    for step in trainer.steps():                              # logs, saves, resumes, stops
+        jump, kinds = late if step >= start else early
         x, y = next(stream)
         t, eps = 1 - trainer.rand(), trainer.randn(*x.shape[1:])
         y = trainer.drop_labels(y) if trainer.net.config.classes else None
         t, d = step_lengths(jump, t, trainer.randint(LEVELS))
         for (jumps, rest), part in zip(kinds, trainer.parts(x, eps, t, d, y), strict=True):
             with trainer.autocast():
-                loss, terms = shortcut_loss(xhat, average, *part, jumps, rest, anchor, w)
+                loss, terms = shortcut_loss(xhat, average, *part, jumps, rest, anchor, w, weight)
             trainer.backward(loss, terms)
         trainer.update()
+
+def train_shortcut(trainer, stream, b, w=1.0):
+    """Training: a share b of all rows jumps, none in the first half of the updates, since nothing is known to jump to.
+
+    Jumps weigh three times as much as data, whose noise would drown them in Adam's normalised steps."""
+    shortcut(trainer, stream, 2 * b, w=w, weight=3.0, start=trainer.args.updates // 2)
 
 # ---- data of its own ----------------------------------------------------------------------------------------
 class OwnSamples(Images):

@@ -22,7 +22,7 @@ from ddim import ddim_sample, ddim_target, start_noise, to_x
 from flags import at_least, fraction, optimiser_flags, out_flags, parse_with_saved, positive, run_flags, score_flags
 from model import CONFIGS, UNet, UNetConfig, param_count
 from runtime import describe_device, launch, memory_format, pick_device, pick_dtype, rank
-from shortcut import shortcut
+from shortcut import train_shortcut
 from trainer import Trainer, batches, check_out, prepare_out
 
 # A preset only changes the defaults of flags. Updates, learning rate and size of the three LSUN and CelebA
@@ -130,8 +130,8 @@ def parse_args(argv=None):
               f"no longer the same as a run that was never interrupted")
     if not 0 <= args.distill <= 1:
         p.error("--distill must be between 0 and 1: it is b in Equation 1")
-    if args.shortcut and not 0 < args.distill < 1:
-        p.error("--shortcut needs a share of the rows that jump, as --distill 0.25")
+    if args.shortcut and not 0 < args.distill < 0.5:
+        p.error("--shortcut needs a share of the rows that jump, below a half: --distill 0.25")
     if args.guidance != 1 and not (args.shortcut and args.classes):
         p.error("--guidance is for --shortcut with --classes; other models are guided by sample.py")
     if getattr(args, "needs_data", False) and args.data is None:
@@ -176,7 +176,7 @@ def main(argv=None):
           f"distill {args.distill}")
     stream = batches(images, args, trainer.step, device)
     if args.shortcut:
-        shortcut(trainer, stream, args.distill, w=args.guidance)
+        train_shortcut(trainer, stream, args.distill, args.guidance)
     else:
         train(trainer, stream, args.distill)
     pictures = f" and {trainer.out}/samples-{trainer.step:06d}.png" if args.sample_every else ""

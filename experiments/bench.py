@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from unittest import mock
@@ -135,7 +136,7 @@ def one_update(script, args, net, layout=None, **settings):
 def training(args, net, b, layout=None, compile_mode=""):
     """A function that makes one update of train.py's loop, or of shortcut.py's."""
     trainer, stream = one_update(train, args, net, layout, compile=compile_mode)
-    loop = shortcut if net.config.step_length else train.train
+    loop = partial(shortcut, weight=3.0) if net.config.step_length else train.train
     return lambda: loop(trainer, stream, b)
 
 def distillation(args, name):

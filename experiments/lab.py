@@ -25,7 +25,7 @@ from ddim import Cosine, Denoiser, ddim_sample
 from model import zero
 from plans import METHODS, plan
 from runtime import progress
-from shortcut import shortcut
+from shortcut import train_shortcut
 from trainer import Trainer
 
 SHAPE = [2, 1, 1]
@@ -126,7 +126,7 @@ def trained_to_jump(mixture, updates=3000, batch=512, seed=0, b=0.25):
     vars(args).update(updates=updates, batch=batch, lr=2e-3, lr_end=1e-9, out=None, dtype="fp32")
     torch.manual_seed(seed)
     trainer = Trainer(args, MLP().add_step_length(), torch.device("cpu"), MODEL_INFO)
-    shortcut(trainer, iter(lambda: (mixture.draw(batch), torch.zeros(batch, dtype=torch.long)), None), b)
+    train_shortcut(trainer, iter(lambda: (mixture.draw(batch), torch.zeros(batch, dtype=torch.long)), None), b)
     return trainer.ema
 
 def points(model, steps, n=4000, seed=1):

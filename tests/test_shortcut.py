@@ -79,8 +79,8 @@ def test_rows_that_do_not_jump_are_plain_training_bit_for_bit():
     gradients = [torch.autograd.grad(loss, net.parameters(), allow_unused=True) for loss in (ours, plain)]
     assert all(torch.equal(a, b) if b is not None else not a.any() for a, b in zip(*gradients, strict=True))
 
-@pytest.mark.parametrize("anchored", [False, True])
-def test_an_update_is_the_formula(anchored):
+@pytest.mark.parametrize("anchored,weight", [(False, 1.0), (True, 3.0)])
+def test_an_update_is_the_formula(anchored, weight):
     """Loss and all gradients, in float64, row by row: two steps of d/2 by the average, d = 0 at the shortest."""
     net, average, anchor = tiny_net(), tiny_net(1), tiny_net(2)
     x, eps, t, d, jumps, rest = a_batch([True, False, True, True, False, True], [0, 3, 2, shortcut.LEVELS - 1, 0, 3])
@@ -103,11 +103,11 @@ def test_an_update_is_the_formula(anchored):
                 a2, s2 = angle(t[i] - d[i])
                 clean = (at - s2 / s * z) / (a2 - s2 / s * a)
                 goal = (a * z - clean) / s
-        want = want + (net(z, t[row], d=d[row]) - goal).square().mean() / 6
+        want = want + (weight if d[i] else 1) * (net(z, t[row], d=d[row]) - goal).square().mean() / 6
     loss, terms = shortcut.shortcut_loss(hat(net), hat(average), x, eps, t, d, None, jumps, rest,
-                                         hat(anchor) if anchored else None)
+                                         hat(anchor) if anchored else None, weight=weight)
     assert_close(loss, want)
-    assert_close(terms["v"] + terms["jump"], loss)
+    assert_close(terms["v"] + weight * terms["jump"], loss)
     ours, theirs = (torch.autograd.grad(v, net.parameters()) for v in (loss, want))
     assert_close(ours, theirs)
     assert all(p.grad is None for other in (average, anchor) for p in other.parameters())
@@ -201,16 +201,26 @@ def trained(tmp_path_factory):
     return ["--schedule", "shortcut", "--ckpt", str(folder / "base" / "ckpt.pt"), "--batch", "8", "--steps", "4",
             "--pool", "20", "--log-every", "1", "--device", "cpu", "--cache", str(folder / "cache")]
 
-def test_training_learns_to_jump_and_goes_on(small_run, tmp_path, capsys):
+def test_training_learns_to_jump_and_goes_on(small_run, tmp_path, monkeypatch):
     """With classes and guidance; resumed it is the run that was never interrupted."""
     flags = [*small_run, "--distill", "0.25", "--shortcut", "--classes", "--guidance", "2"]
     train.main([*flags, "--updates", "10"])
     whole = load_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert whole["config"]["step_length"] and whole["weights"]["length_out.weight"].any()
-    assert all(0 < e["jump"] < e["loss"] for e in log_of(tmp_path / "out")[1:])
-    train.main([*flags, "--updates", "5", "--overwrite"])
-    train.main(["--resume", "--updates", "10", "--out", str(tmp_path / "out")])
-    assert same(whole["weights"], load_checkpoint(tmp_path / "out" / "ckpt.pt")["weights"])
+    assert [e["jump"] > 0 for e in log_of(tmp_path / "out")] == [False] * 5 + [True] * 5      # in the second half
+    real, calls = shortcut.shortcut_loss, []
+    def stops(*args, **kw):
+        calls.append(1)
+        if len(calls) == 8:
+            raise RuntimeError("power cut")
+        return real(*args, **kw)
+    with monkeypatch.context() as m, pytest.raises(RuntimeError, match="power cut"):
+        m.setattr(shortcut, "shortcut_loss", stops)
+        train.main([*flags, "--updates", "10", "--overwrite"])
+    train.main(["--resume", "--out", str(tmp_path / "out")])
+    again = load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    assert same(whole["weights"], again["weights"]) and same(whole["ema"], again["ema"])
+    assert same(whole["extra_state"]["target"], again["extra_state"]["target"])
     sample.main(["--ckpt", str(tmp_path / "out" / "ckpt.pt"), "--steps", "1", "3", "-n", "2", "--device", "cpu"])
     with pytest.raises(SystemExit, match="guidance 2 is built into"):
         sample.main(["--ckpt", str(tmp_path / "out" / "ckpt.pt"), "--guidance", "3", "--device", "cpu"])
