@@ -9,6 +9,7 @@ Notation, the same in every file (the paper's, section 3):
     x, x1, x2    clean images: the data x; the model's x' = x̂(z_t); the target x''
     a, s         α_t and σ_t: z_t = α_t x + σ_t ε with α_t² + σ_t² = 1
     y            class indices (B,), or None; w is the guidance weight
+    d            t − t', for networks that are told the length of the step (beyond the paper: shortcut.py)
 """
 
 import math
@@ -103,34 +104,39 @@ class Denoiser:
 
     net        net(z, t, y) -> (B, C, H, W); y only if the network has classes
     schedule   a Schedule;  kind  "v", "eps" or "x"
-    null       the class index that means "no class", needed for guidance"""
+    null       the class index that means "no class", needed for guidance
+    lengths    whether the network is told the length d of its step, as net(…, d=d); others never are"""
 
-    def __init__(self, net, schedule, kind="v", null=None):
-        self.net, self.schedule, self.kind, self.null = net, schedule, kind, null
+    def __init__(self, net, schedule, kind="v", null=None, lengths=False):
+        self.net, self.schedule, self.kind, self.null, self.lengths = net, schedule, kind, null, lengths
 
     @classmethod
     def of(cls, net, state):
         """The denoiser of a checkpoint, as `checkpoint.load_model` returns it: (net, state)."""
-        return cls(net, SCHEDULES[state["schedule"]](), state["predicts"], net.config.classes or None)
+        c = net.config
+        return cls(net, SCHEDULES[state["schedule"]](), state["predicts"], c.classes or None, c.step_length)
 
-    def output(self, z, t, y=None, w=1.0):
+    def output(self, z, t, y=None, w=1.0, d=None):
         """The network's own output; if w ≠ 1 guided: null + w (class − null), in one batch (Ho & Salimans 2022).
 
         w: a number, or a tensor (B, 1, 1, 1) with a weight for each image (which is then always guided)."""
+        d = dict(d=d) if self.lengths and d is not None else {}
         if y is None:
-            return self.net(z, t)
+            return self.net(z, t, **d)
         if not torch.is_tensor(w) and w == 1.0:
-            return self.net(z, t, y)
+            return self.net(z, t, y, **d)
         if self.null is None:
             raise ValueError("guidance needs a model with a null class")
-        tt, yy = torch.cat([t, t]) if torch.is_tensor(t) else t, torch.cat([torch.full_like(y, self.null), y])
-        without, with_class = self.net(torch.cat([z, z]), tt, yy).chunk(2)
+        def twice(x):
+            return torch.cat([x, x]) if torch.is_tensor(x) else x
+        y, d = torch.cat([torch.full_like(y, self.null), y]), {k: twice(v) for k, v in d.items()}
+        without, with_class = self.net(twice(z), twice(t), y, **d).chunk(2)
         return without + w * (with_class - without)
 
-    def __call__(self, z, t, y=None, w=1.0):
+    def __call__(self, z, t, y=None, w=1.0, d=None):
         """The predicted clean image (B, C, H, W), not clipped: the paper's algorithms do not clip."""
         a, s = self.schedule(t)
-        return to_x(self.kind, self.output(z, t, y, w), z, a, s)
+        return to_x(self.kind, self.output(z, t, y, w, d), z, a, s)
 
 # ---- DDIM -------------------------------------------------------------------------------------------
 def ddim_step(schedule, z, x, t, t1):
@@ -175,7 +181,9 @@ def start_noise(seed, indices, shape):
 def ddim_sample(xhat, z, steps, y=None, w=1.0):
     """Deterministic DDIM from noise z (B, C, H, W) in exactly `steps` network evaluations. Returns x (B, C, H, W).
 
-    The same z gives the same picture, and nearly the same one for other step counts."""
-    for t, t1 in pairwise(xhat.schedule.times(steps)):
-        z = ddim_step(xhat.schedule, z, xhat(z, t, y, w), t, t1)
+    The same z gives the same picture, and nearly the same one for other step counts. A network that is told the
+    length of its steps gets d = t − t', and N equal steps with any schedule: d = 1 / N."""
+    times = Schedule.times(xhat.schedule, steps) if xhat.lengths else xhat.schedule.times(steps)
+    for t, t1 in pairwise(times):
+        z = ddim_step(xhat.schedule, z, xhat(z, t, y, w, t - t1), t, t1)
     return z

@@ -26,6 +26,8 @@ from ldm import MODELS, Latents, image_size, ldm_flag, load_model, model_hash
 from model import param_count
 from plans import METHODS, locate, plan, print_plan
 from runtime import broadcast, describe_device, launch, pick_device, pick_dtype, ranks
+from sample import Sampler
+from shortcut import OwnSamples, shortcut
 from trainer import Trainer, batches, check_out, prepare_out, update_ema
 
 # ---- Algorithms 1 and 2 -----------------------------------------------------------------------------------
@@ -55,16 +57,14 @@ def guidance_weight(trainer):
     w = low + (high - low) * torch.rand(1, 1, 1, 1, generator=trainer.random, device=trainer.device)
     return w.expand(trainer.args.batch // ranks(), 1, 1, 1)
 
-def fine_tune(trainer, plan):
+def fine_tune(trainer, plan, stream=None):
     """Algorithm 2, fine-tuning DSD: a batch walks from noise to data, and the model learns from two steps at a time.
 
     With a teacher, renewed at each depth: TSD. With --target-ema an average of the weights takes the second step."""
     a, net, classes = trainer.args, trainer.net, trainer.net.config.classes
     xhat, schedule = trainer.denoiser(), trainer.schedule     # x̂_θ
     teacher = trainer.second_net("teacher") if METHODS[a.schedule].teacher else None
-    average = None
-    if a.target_ema:                                          # the average for sampling serves if it is the very same
-        average = trainer.ema if a.target_ema == a.ema else trainer.second_net("target")
+    average = trainer.average(a.target_ema) if a.target_ema else None
     first = trainer.denoiser(teacher) if teacher else None    # x̂_η
     second = first or (trainer.denoiser(average) if average else xhat)
     z, y, w = (trainer.carried.get(name) for name in ("z", "y", "w"))
@@ -85,8 +85,6 @@ def fine_tune(trainer, plan):
             z2.append(arrived)
         trainer.update()                                      # θ ← θ − γ ∇_θ L
         z = torch.cat(z2)                                     # z_t'': there the trajectory goes on
-        if average and average is not trainer.ema:
-            update_ema(average, net, a.target_ema)
         trainer.carried |= dict(z=z) | (dict(y=y, w=w) if classes else {}) | (dict(ends=z) if i == 2 else {})
 
 def progressive(trainer, plan, stream):
@@ -113,11 +111,25 @@ def progressive(trainer, plan, stream):
             trainer.backward(loss)
         trainer.update()                                      # θ ← θ − γ ∇_θ L
 
+def fine_tune_shortcut(trainer, plan, stream):
+    """Beyond the paper (shortcut.py): jumps of every length at once, anchored by the undistilled model."""
+    a = trainer.args
+    shortcut(trainer, stream, a.share, trainer.second_net("anchor"), a.guidance[0])
+
+def loop_of(schedule):
+    """The loop of a method: loop(trainer, plan, stream)."""
+    method = METHODS[schedule]
+    return fine_tune_shortcut if method.shortcut else progressive if method.data else fine_tune
+
 # ---- command line -----------------------------------------------------------------------------------------
 # For small models: the rates that a search (docs/results.md) found best for each method at these other settings.
 DEFAULTS = dict(updates=128, batch=32, warmup=12, betas=[0.9, 0.98], ema=0.98, log_every=8, sample_every=0,
                 save_every=64)
 RATES = {"dsdn": 1e-5, "dsdi": 1e-5, "dsdgl": 5e-6, "dsdgexp": 5e-6, "tsd": 1e-4, "pd": 1e-4}
+
+# For shortcut, with any model; with LDM's they were never tried.
+SHORTCUT = dict(updates=600, lr=1e-3, lr_end=1e-4, warmup=30, ema=0.95, target_ema=0.95,
+                guidance=[2.0, 2.0])
 
 # For LDM's models: Table 3. It has no batch, and no length of the warm-up: those are ours.
 TABLE3 = dict(updates=4000, batch=8, lr=1e-6, warmup=100, betas=[0.9, 0.98], ema=0.995, log_every=20, sample_every=1000,
@@ -128,8 +140,10 @@ def defaults(given):
     """What the flags of the optimiser and the run are unless given."""
     settings = dict(out=f"out/{given.schedule}")
     if given.ldm:
-        return settings | (TABLE3_CLASSES if MODELS[given.ldm].unet.classes else TABLE3)
-    return settings | DEFAULTS | dict(lr=RATES[given.schedule])
+        settings |= TABLE3_CLASSES if MODELS[given.ldm].unet.classes else TABLE3
+    else:
+        settings |= DEFAULTS | dict(lr=RATES.get(given.schedule))
+    return settings | (SHORTCUT if METHODS[given.schedule].shortcut else {})
 
 def parse_args(argv=None):
     """Flags beat the settings of a resumed run, which beat the defaults."""
@@ -155,6 +169,9 @@ def parse_args(argv=None):
                         "model itself; if D is that of --ema, without a further copy (default: 0, the paper's)")
     g.add_argument("--drift", type=float, default=3.0, metavar="F",
                    help="end the run at F times more or less contrast or diversity than before; 0: never (default: 3)")
+    g.add_argument("--share", type=fraction, default=0.5, metavar="b", help="of the rows that jump, for shortcut")
+    g.add_argument("--pool", type=at_least(1), default=500, metavar="M",
+                   help="how many samples of its own shortcut draws, in --steps steps, where it has no --data")
     g = p.add_argument_group("the data")
     g.add_argument("--data", metavar="PATH",
                    help="folder, zip or LMDB that pd and --fid-every read (default: what the model was trained on)")
@@ -177,8 +194,10 @@ def check(p, args):
     for wrong, message in (
         (args.target_ema and method.teacher,
          f"--target-ema is for the methods without a teacher; in {args.schedule} the teacher makes the target"),
-        (args.data and not (method.data or args.fid_every or args.resume),
+        (args.data and not (method.data or method.shortcut or args.fid_every or args.resume),
          f"{args.schedule} reads no data; --data is for pd and --fid-every"),
+        (method.shortcut and args.guidance[0] != args.guidance[1],
+         "--guidance: shortcut bakes one weight into the model: give it twice"),
         (not 0 <= args.guidance[0] <= args.guidance[1], "--guidance LOW HIGH: two weights, the lower one first"),
         (args.drift and args.drift <= 1, "--drift is a factor: above 1, or 0 for never"),
         (Path(args.ckpt).resolve() == (Path(args.out) / "ckpt.pt").resolve(),
@@ -192,13 +211,16 @@ def check(p, args):
     except ValueError as e:
         p.error(str(e))
 
-FROM_SOURCE = "schedule", "predicts", "shape", "classes", "ldm", "autoencoder"    # what a distilled model has of it
+# What a distilled model has of its source:
+FROM_SOURCE = "schedule", "predicts", "shape", "classes", "guidance", "ldm", "autoencoder"
 
 def history(args, source):
     """What was done to a model, one dict for each run: training, distillation, distillation of that …"""
     was = source.get("args", {})
-    trained = dict(how="train", updates=source.get("step"), distill=was.get("distill"), data=was.get("data"))
-    keep = "updates", "batch", "steps", "lr", "lr_end", "target", "weight", "target_ema", "ema", "seed"
+    trained = dict(how="train --shortcut" if was.get("shortcut") else "train", updates=source.get("step"),
+                   distill=was.get("distill"), data=was.get("data"))
+    keep = ["updates", "batch", "steps", "lr", "lr_end", "ema", "target_ema", "seed"]
+    keep += ["share", "pool", "guidance"] if METHODS[args.schedule].shortcut else ["target", "weight"]
     now = dict(how=args.schedule, ckpt=str(args.ckpt), hash=model_hash(args.ckpt)) | {k: getattr(args, k) for k in keep}
     return [*source.get("history", [trained]), now]
 
@@ -206,6 +228,8 @@ def check_source(args, net, source, images):
     """Exit if the model does not go with the flags: its defaults, its noise schedule, its classes."""
     if "ldm" in source and not args.ldm:
         sys.exit(f"error: {args.ckpt} is LDM's {source['ldm']}: give --ldm {source['ldm']}, which has other defaults")
+    if net.config.step_length and not METHODS[args.schedule].shortcut:
+        sys.exit(f"error: {args.ckpt} is told the length of its steps: only --schedule shortcut distils it further")
     try:
         Denoiser.of(net, source).schedule.times(args.steps)
     except ValueError as e:
@@ -213,6 +237,15 @@ def check_source(args, net, source, images):
     if METHODS[args.schedule].data and net.config.classes and len(images.classes) != net.config.classes:
         sys.exit(f"error: the model has {net.config.classes} classes, but {args.data or 'the data'} has "
                  f"{len(images.classes)} (sub-folders name the classes)")
+
+def own_samples(trainer):
+    """The data of a run of shortcut without --data: samples of the undistilled model, in --steps steps."""
+    a, anchor = trainer.args, trainer.second_net("anchor")
+    sampler = Sampler(anchor, trainer.model_info, trainer.device, a.dtype, range(anchor.config.classes) or None,
+                      seed=a.seed)
+    sampler.xhat.lengths = False                              # the ordinary denoiser
+    what = [trainer.model_info["history"][-1]["hash"], a.seed, a.dtype]
+    return OwnSamples(a.out, sampler, a.pool, a.steps, a.batch, what)
 
 def main(argv=None):
     args = parse_args(argv)
@@ -222,14 +255,19 @@ def main(argv=None):
     args.dtype = pick_dtype(args.dtype, device)
     state = check_out(args, f"distil it further as --ckpt {args.out}/ckpt.pt, into another --out")
     net, source = load_model(Path(args.out) / "ckpt.pt" if state else args.ckpt, device, name=args.ldm, size=args.size)
-    was, reads = source.get("args", {}), METHODS[args.schedule].data
+    was, method = source.get("args", {}), METHODS[args.schedule]
+    reads = method.data or (method.shortcut and args.data)
     args.size, args.crop, args.data = image_size(source), was.get("crop"), args.data or was.get("data")
     if args.ldm and not args.data and (reads or args.fid_every):
         sys.exit(f"error: nobody knows what LDM's {args.ldm} was trained on: give the images as --data")
     images = load_data(args.data, args.size, args.crop, args.cache) if reads or args.fid_every else None
+    if method.shortcut and not net.config.step_length:
+        net.add_step_length()
     check_source(args, net, source, images)
     model_info = {k: source[k] for k in FROM_SOURCE if k in source}
     model_info["history"] = source["history"] if state else history(args, source)
+    if method.shortcut and net.config.classes:
+        model_info["guidance"] = args.guidance[0]
     torch.manual_seed(args.seed)
     hooks = [(args.sample_every or args.updates, compare_picture)]
     if args.fid_every:
@@ -239,7 +277,8 @@ def main(argv=None):
     if state:
         trainer.load(state)
     steps, guard = plan(args.schedule, args.steps, args.updates), Guard(trainer)
-    trainer.watch = lambda _: dict(depth=locate(steps, trainer.step - 1)[0]) | guard(trainer)
+    if not method.shortcut:
+        trainer.watch = lambda _: dict(depth=locate(steps, trainer.step - 1)[0]) | guard(trainer)
     stream = None
     if reads:
         data = Latents(images, source, device, args.dtype) if args.ldm else images
@@ -247,7 +286,9 @@ def main(argv=None):
     prepare_out(args, state)
     print(f"{args.schedule}: {param_count(net) / 1e6:.2f} M parameters, {args.updates:,} updates of {args.batch} on "
           f"{describe_device(device)} in {args.dtype}, from {args.steps} steps, lr {args.lr:g} to {args.lr_end:g}")
-    progressive(trainer, steps, stream) if reads else fine_tune(trainer, steps)
+    if method.shortcut and not reads:
+        stream = batches(own_samples(trainer), args, trainer.step, device)
+    loop_of(args.schedule)(trainer, steps, stream)
     scores = f"--ldm {args.ldm} --data IMAGES " if args.ldm else ""
     print(f"done: {trainer.ckpt} and {trainer.out}/samples-{trainer.step:06d}.png; "
           f"scores: python fid.py {scores}--ckpt {args.ckpt} {trainer.ckpt}")

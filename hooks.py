@@ -16,7 +16,7 @@ from runtime import all_gather, progress, rank
 from sample import Sampler
 from trainer import what_is_kept
 
-SHOWN = 2, 4, 8, 64        # step counts of the pictures, and of the scores except for the last
+SHOWN = 1, 2, 4, 8, 64     # step counts of the pictures, and of the scores except for the last
 
 def sampler_of(trainer, count=None):
     """A Sampler of the averaged weights. It draws the classes in turn: all of them, or `count` spread over all."""
@@ -40,8 +40,9 @@ def compare_picture(trainer):
     if rank():
         return
     before, after = trainer.model_info["before"], draw_shown(trainer)
-    labels = [f"{s} {when}" for s in SHOWN for when in ("before", "after")]
-    rows = torch.stack([before, after], 1).flatten(0, 2)      # 2 before, 2 after, 4 before …
+    labels = [f"{s} {when}" for s in SHOWN[-len(before):] for when in ("before", "after")]
+    after = after[-len(before):]                              # runs of old have no row for 1 step
+    rows = torch.stack([before, after], 1).flatten(0, 2)      # 1 before, 1 after, 2 before …
     path = trainer.out / f"samples-{trainer.step:06d}.png"
     save_grid(sampler_of(trainer).decode(rows), path, before.shape[1], labels)
 

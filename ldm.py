@@ -423,8 +423,9 @@ def export(net, state, folder):
     """Write a model in diffusers' layout: unet, vqvae, scheduler. The folder is there as a whole or not at all.
 
     Raises CheckpointError for models that diffusers has no match for, and if the folder is in use."""
-    if "ldm" not in state:
-        raise CheckpointError("error: only LDM's models can be exported: diffusers has no match for our noise schedule")
+    if "ldm" not in state or net.config.step_length:
+        raise CheckpointError("error: only LDM's models without step lengths can be exported: diffusers has no match "
+                              "for the noise schedule of others, or for that input")
     folder, save_file = Path(folder), safetensors().torch.save_file
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"error: {folder} exists; choose another --export")

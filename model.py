@@ -16,7 +16,7 @@ What the network predicts (v, ε or x) and its noise schedule are not its busine
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ class UNetConfig:
     classes: int = 0                        # > 0: label embedding, with index `classes` as the null class
     context_dim: int = 0                    # > 0: transformer blocks that cross-attend to a context: the label, if any
     in_channels: int = 3                    # image or latent channels, in and out
+    step_length: bool = False               # told the length d of the step it is asked for: see shortcut.py
 
     def __post_init__(self):
         for name in ("mult", "attention"):  # lists, as they come from JSON or the command line, will do
@@ -247,6 +248,18 @@ class UNet(nn.Module):
             factor //= 2
         self.norm = nn.GroupNorm(c.groups, ch)
         self.out = zero(nn.Conv2d(ch, c.in_channels, 3, padding=1))
+        self.length_in = self.length_out = None
+        if c.step_length:
+            self.add_step_length()
+
+    def add_step_length(self):
+        """Take on the input d. Nothing changes until the path is trained, and at d = 0 nothing ever does.
+
+        Without biases and from features that are 0 at d = 0, the path adds exactly 0 there."""
+        self.config, (width, ch) = replace(self.config, step_length=True), self.time_in.weight.shape
+        device = self.time_in.weight.device
+        self.length_in = nn.Linear(ch, width, bias=False, device=device)
+        self.length_out = zero(nn.Linear(width, width, bias=False, device=device))
 
     def requires_grad_(self, requires_grad=True):
         """As for any module, but an embedding looked up as a context stays fixed: LDM trains it apart from the UNet."""
@@ -261,8 +274,9 @@ class UNet(nn.Module):
             return checkpoint(stage, *inputs, use_reentrant=False)
         return stage(*inputs)
 
-    def forward(self, z, t, y=None, context=None):
+    def forward(self, z, t, y=None, context=None, d=None):
         """z (B, C, H, W); t in [0, 1], float or (B,); y (B,) class indices; context (B, S, context_dim).
+        d >= 0, float or (B,): the length of the step, for a config with step_length; None is 0.
 
         Returns (B, C, H, W) in the dtype of the weights, also under autocast: the difference between two
         neighbouring predictions is what self-distillation learns from, and bfloat16 would round it away.
@@ -272,10 +286,16 @@ class UNet(nn.Module):
             raise ValueError(f"image size {tuple(z.shape[2:])} is not divisible by 2 at each of this UNet's levels")
         if (y is not None) != (self.config.classes > 0 and context is None):
             raise ValueError("this UNet needs class labels y" if y is None else "this UNet has no classes, but got y")
-        dtype = self.out.weight.dtype
-        # Filled on the device: a copy would make a GPU wait.
-        t = t.to(dtype).expand(len(z)) if torch.is_tensor(t) else z.new_full((len(z),), t, dtype=dtype)
-        emb = self.time_out(F.silu(self.time_in(time_embedding(t, self.config.channels))))
+        if d is not None and self.length_in is None:
+            raise ValueError("this UNet takes no step length d")
+        dtype, ch = self.out.weight.dtype, self.config.channels
+        def rows(t):                                  # filled on the device: a copy would make a GPU wait
+            return t.to(dtype).expand(len(z)) if torch.is_tensor(t) else z.new_full((len(z),), t, dtype=dtype)
+        emb = self.time_out(F.silu(self.time_in(time_embedding(rows(t), ch))))
+        if d is not None:
+            d = rows(d)
+            features = time_embedding(d, ch) - time_embedding(torch.zeros_like(d), ch)
+            emb = emb + self.length_out(F.silu(self.length_in(features)))
         if y is not None and self.config.context_dim:
             context = self.label(y)[:, None]          # (B, 1, context_dim): LDM's class embedder
         elif y is not None:

@@ -25,6 +25,7 @@ class Method:
     share: callable = lambda depth: 1.0          # of the updates, not normalised
     teacher: bool = False                        # a frozen copy of the model, renewed at each depth, makes the targets
     data: bool = False                           # Algorithm 1: z_t from data at random t, not from a trajectory
+    shortcut: bool = False                       # beyond the paper: another loss and loop, see shortcut.py
 
 METHODS = {
     "dsdn": Method(lambda n: [n]),
@@ -34,6 +35,7 @@ METHODS = {
     "dsdgexp": Method(downwards, lambda depth: math.exp(1 / max(1, depth - 2))),
     "tsd": Method(halves, teacher=True),
     "pd": Method(halves, teacher=True, data=True),
+    "shortcut": Method(lambda n: [n], shortcut=True),
 }
 
 def plan(schedule, steps, updates):

@@ -200,6 +200,8 @@ def pick_classes(wanted, guidance, state):
     count, names = state["config"]["classes"], state["classes"]
     if not count and (wanted or guidance != 1):
         sys.exit("error: this model was trained without --classes, so it knows no --class and no --guidance")
+    if guidance != 1 and state.get("guidance", 1) != 1:
+        sys.exit(f"error: guidance {state['guidance']:g} is built into this model, so it takes no --guidance")
     numbers = {str(i): i for i in range(count)} | {name: i for i, name in enumerate(names)}
     for c in wanted or []:
         if c not in numbers:

@@ -19,9 +19,10 @@ import torch
 
 from data import load_data, save_grid
 from ddim import ddim_sample, ddim_target, start_noise, to_x
-from flags import at_least, optimiser_flags, out_flags, parse_with_saved, positive, run_flags, score_flags
+from flags import at_least, fraction, optimiser_flags, out_flags, parse_with_saved, positive, run_flags, score_flags
 from model import CONFIGS, UNet, UNetConfig, param_count
 from runtime import describe_device, launch, memory_format, pick_device, pick_dtype, rank
+from shortcut import train_shortcut
 from trainer import Trainer, batches, check_out, prepare_out
 
 # A preset only changes the defaults of flags. Updates, learning rate and size of the three LSUN and CelebA
@@ -37,7 +38,6 @@ PRESETS = {
 }
 
 STEP = 1 / 128            # from t to t' in the self-distillation term: the paper samples these models with 128 steps
-LABEL_DROPOUT = 0.1       # how often a label gives way to the null class, so that guidance has something to push from
 
 # ---- Equation 1 -------------------------------------------------------------------------------------
 def training_loss(xhat, x, t, eps, y, b, step=STEP):
@@ -62,17 +62,13 @@ def training_loss(xhat, x, t, eps, y, b, step=STEP):
     loss_x = (x1 - x2).square().mean()
     return (1 - b) * loss_v + b * loss_x, {"v": loss_v, "x": loss_x}
 
-def drop_labels(y, null, u, p=LABEL_DROPOUT):
-    """Replace labels y (B,) by the null class with probability p, by the random numbers u (B,) ~ U[0, 1)."""
-    return torch.where(u < p, null, y)
-
 def train(trainer, stream, b):
     """Training DSD (section 4.2): Equation 1 on batch after batch of a stream of (x, y), this rank's rows of each."""
     xhat, classes = trainer.denoiser(), trainer.net.config.classes
     for _ in trainer.steps():                                 # logs, saves, resumes, stops
         x, y = next(stream)
         t, eps = 1 - trainer.rand(), trainer.randn(*x.shape[1:])
-        y = drop_labels(y, classes, trainer.rand()) if classes else None
+        y = trainer.drop_labels(y) if classes else None
         for part in trainer.parts(x, t, eps, y):              # the whole batch, or --accumulate parts of it
             with trainer.autocast():
                 loss, terms = training_loss(xhat, *part, b)   # Equation 1
@@ -99,6 +95,10 @@ def parse_args(argv=None):
     g = p.add_argument_group("the method")
     g.add_argument("--distill", type=float, nargs="?", const=0.15, default=0.0, metavar="b",
                    help="weight of the self-distillation term in Equation 1; the paper's is 0.15; 0: plain training")
+    g.add_argument("--shortcut", action=argparse.BooleanOptionalAction, default=False,
+                   help="beyond the paper: tell the network how far it jumps; b is the share of rows that do")
+    g.add_argument("--target-ema", type=fraction, default=0.95, metavar="D",
+                   help="with --shortcut: decay of the running average that makes the targets (default: 0.95)")
     g.add_argument("--preset", choices=PRESETS, default="toy", help="defaults for all other flags (default: toy)")
     optimiser_flags(g)
     out_flags(g, "out/train")
@@ -108,6 +108,8 @@ def parse_args(argv=None):
     g.add_argument("--size", type=at_least(1), help="side of the training images in pixels (default: %(default)s)")
     g.add_argument("--crop", type=positive, help="centre crop first: in pixels, or up to 1: a share of the side")
     g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half (default: on)")
+    g.add_argument("--guidance", type=float, default=1.0, metavar="W",
+                   help="with --shortcut and --classes: the guidance that is built into jumps (default: 1, none)")
     g.add_argument("--classes", action=argparse.BooleanOptionalAction, default=False,
                    help="condition on the labels (sub-folders), one in ten dropped, for guidance")
     g = p.add_argument_group("the model (each of these beats what --model says)")
@@ -128,6 +130,10 @@ def parse_args(argv=None):
               f"no longer the same as a run that was never interrupted")
     if not 0 <= args.distill <= 1:
         p.error("--distill must be between 0 and 1: it is b in Equation 1")
+    if args.shortcut and not 0 < args.distill < 0.5:
+        p.error("--shortcut needs a share of the rows that jump, below a half: --distill 0.25")
+    if args.guidance != 1 and not (args.shortcut and args.classes):
+        p.error("--guidance is for --shortcut with --classes; other models are guided by sample.py")
     if getattr(args, "needs_data", False) and args.data is None:
         p.error(f"--preset {args.preset} trains on real images: give their folder, zip or LMDB as --data")
     return args
@@ -158,15 +164,21 @@ def main(argv=None):
         from hooks import scorer  # not at the top: it loads the network of the scores
         hooks.append((args.fid_every, scorer(args, images, device, [args.sample_steps])))
     torch.manual_seed(args.seed)
-    model_info = dict(schedule="cosine", predicts="v", shape=[3, args.size, args.size], classes=classes)
-    trainer = Trainer(args, UNet(replace(config, classes=len(classes))), device, model_info, hooks)
+    model_info = dict(schedule="cosine", predicts="v", shape=[3, args.size, args.size], classes=classes,
+                      guidance=args.guidance)
+    net = UNet(replace(config, classes=len(classes), step_length=args.shortcut))
+    trainer = Trainer(args, net, device, model_info, hooks)
     if state:
         trainer.load(state)
     prepare_out(args, state)
     print(f"{len(images):,} images of {args.size}x{args.size}, {param_count(trainer.net) / 1e6:.2f} M parameters, "
           f"{args.updates:,} updates of {args.batch} images on {describe_device(device)} in {args.dtype}, "
           f"distill {args.distill}")
-    train(trainer, batches(images, args, trainer.step, device), args.distill)
+    stream = batches(images, args, trainer.step, device)
+    if args.shortcut:
+        train_shortcut(trainer, stream, args.distill, args.guidance)
+    else:
+        train(trainer, stream, args.distill)
     pictures = f" and {trainer.out}/samples-{trainer.step:06d}.png" if args.sample_every else ""
     print(f"done: {trainer.ckpt}{pictures}; few-step samples side by side: python sample.py --ckpt {trainer.ckpt}")
 

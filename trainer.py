@@ -32,6 +32,8 @@ from checkpoint import load_checkpoint, save_checkpoint, whole_file
 from ddim import SCHEDULES, Denoiser
 from runtime import all_gather, autocast, local_rows, memory_format, progress, rank, ranks, sum_over_ranks
 
+LABEL_DROPOUT = 0.1       # how often a label gives way to the null class
+
 class Trainer:
     """A network in training with its optimiser, its running average, its place in the run, and its files.
 
@@ -53,7 +55,7 @@ class Trainer:
         self.opt = torch.optim.Adam(self.net.parameters(), lr=args.lr, betas=tuple(args.betas), fused=True)
         self.schedule = SCHEDULES[model_info["schedule"]]()
         self.step, self.hooks, self.watch = 0, hooks, None
-        self.extra_state, self.carried, self.resumed = {}, {}, None
+        self.extra_state, self.averages, self.carried, self.resumed = {}, {}, {}, None
         self.compiled, self.values, self.pending = {}, [], []
         self.random = torch.Generator(device).manual_seed(args.seed)     # alike on all ranks, see `rand`
         torch.manual_seed(args.seed + rank())                            # for dropout, the only other user of chance
@@ -65,8 +67,9 @@ class Trainer:
         net = self.shared if net is None else net
         if self.args.compile and net not in self.compiled:
             self.compiled[net] = torch.compile(net, mode=self.args.compile)
-        return Denoiser(self.compiled.get(net, net), self.schedule, self.model_info["predicts"],
-                        self.net.config.classes or None)
+        c = self.net.config
+        return Denoiser(self.compiled.get(net, net), self.schedule, self.model_info["predicts"], c.classes or None,
+                        c.step_length)
 
     def second_net(self, name):
         """A copy of the averaged weights, kept in the checkpoints under this name: a teacher, another average."""
@@ -75,6 +78,12 @@ class Trainer:
             if self.resumed:
                 self.extra_state[name].load_state_dict(self.resumed["extra_state"][name])
         return self.extra_state[name]
+
+    def average(self, decay):
+        """A running average of the weights with this decay: the one that is sampled if it has that, or one more."""
+        if decay != self.args.ema:
+            self.averages = {self.second_net("target"): decay}
+        return self.second_net("target") if self.averages else self.ema
 
     def _draw(self, kind, *args):
         return local_rows(kind(*args, generator=self.random, device=self.device))
@@ -90,6 +99,10 @@ class Trainer:
     def randint(self, high):
         """0 … high − 1 for each image (B,), as `rand`."""
         return self._draw(torch.randint, high, (self.args.batch,))
+
+    def drop_labels(self, y):
+        """The labels y (B,) with the null class in place of one in ten, so that guidance has something to push from."""
+        return torch.where(self.rand() < LABEL_DROPOUT, self.net.config.classes, y)
 
     def autocast(self):
         return autocast(self.device, self.args.dtype)
@@ -118,6 +131,8 @@ class Trainer:
         self.opt.zero_grad(set_to_none=True)
         # A short memory at first: an average still full of the random start would show noise for thousands of updates.
         update_ema(self.ema, self.net, min(self.args.ema, (1 + self.step) / (10 + self.step) if self.ema_warmup else 1))
+        for average, decay in self.averages.items():
+            update_ema(average, self.net, decay)
         means = {k: sum(v[k] for v in self.values) / len(self.values) for k in self.values[0]} | dict(grad_norm=norm)
         self.names, self.values = list(means), []
         self.pending.append(torch.stack([*means.values()]).float())

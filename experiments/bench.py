@@ -19,6 +19,8 @@ import re
 import statistics
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from unittest import mock
@@ -39,15 +41,18 @@ from model import CONFIGS, UNet, UNetConfig, param_count
 from plans import plan
 from runtime import log_stderr, memory_format, pick_device, pick_dtype, progress
 from sample import Sampler
+from shortcut import shortcut
 from trainer import Trainer
 
-# What one update of a distillation needs: flags, evaluations (one of them with a backward pass), copies of the weights
+# What one update of a distillation needs: flags, evaluations of each row on average (one of them with a backward pass),
+# copies of the weights
 METHODS = {
     "dsdi": (dict(schedule="dsdi"), 2, "–"),
     "dsdi --target-ema D, D = --ema": (dict(schedule="dsdi", target_ema=0.98), 2, "–"),
     "dsdi --target-ema D": (dict(schedule="dsdi", target_ema=0.9), 2, "average"),
     "tsd": (dict(schedule="tsd"), 3, "teacher"),
     "pd": (dict(schedule="pd"), 3, "teacher"),
+    "shortcut": (dict(schedule="shortcut", target_ema=0.98), 2.5, "anchor"),
 }
 
 # ---- measuring ----------------------------------------------------------------------------------------
@@ -129,18 +134,20 @@ def one_update(script, args, net, layout=None, **settings):
     return trainer, iter(lambda: (x, y), None)
 
 def training(args, net, b, layout=None, compile_mode=""):
-    """A function that makes one update of train.py's loop."""
+    """A function that makes one update of train.py's loop, or of shortcut.py's."""
     trainer, stream = one_update(train, args, net, layout, compile=compile_mode)
-    return lambda: train.train(trainer, stream, b)
+    loop = partial(shortcut, weight=3.0) if net.config.step_length else train.train
+    return lambda: loop(trainer, stream, b)
 
 def distillation(args, name):
     """(A function that makes one update of distill.py's loop by one of METHODS, its Trainer)."""
     torch.manual_seed(0)
-    trainer, stream = one_update(distill, args, UNet(model_of(args)[0]), compile=args.compile, **METHODS[name][0])
+    config, settings = model_of(args)[0], METHODS[name][0]
+    net = UNet(replace(config, step_length=settings["schedule"] == "shortcut"))
+    trainer, stream = one_update(distill, args, net, compile=args.compile, **settings)
     steps = plan(trainer.args.schedule, trainer.args.steps, trainer.args.updates)
-    if trainer.args.schedule == "pd":
-        return (lambda: distill.progressive(trainer, steps, stream)), trainer
-    return (lambda: distill.fine_tune(trainer, steps)), trainer
+    loop = distill.loop_of(trainer.args.schedule)
+    return (lambda: loop(trainer, steps, stream)), trainer
 
 class DiffusersUNet(nn.Module):
     """diffusers' UNet2DModel of the same widths, depth, attention and parameter count."""
@@ -166,11 +173,13 @@ def no_row(package, error):
 
 def train_rows(args):
     """Updates of train.py: forward, backward, clipping, Adam, average."""
-    config, shares = model_of(args)[0], {"plain": 0.0, "--distill 0.15": 0.15}
+    config = model_of(args)[0]
+    nets = {"plain": (0.0, config), "--distill 0.15": (0.15, config),
+            "--distill 0.25 --shortcut": (0.25, replace(config, step_length=True))}
     modes = ["", args.compile] if args.compile else [""]
     named = lambda name, mode: name + (f" --compile {mode}" if mode else "")  # noqa: E731
-    calls = {named(name, mode): training(args, UNet(config), b, compile_mode=mode)
-             for mode in modes for name, b in shares.items()}
+    calls = {named(name, mode): training(args, UNet(c), b, compile_mode=mode)
+             for mode in modes for name, (b, c) in nets.items()}
     try:
         for mode in modes:
             calls[named("diffusers", mode)] = training(args, DiffusersUNet(config, args.size), 0.0,
@@ -178,13 +187,13 @@ def train_rows(args):
         calls["diffusers, channels last"] = training(args, DiffusersUNet(config, args.size), 0.0, torch.channels_last)
     except (ImportError, RuntimeError) as e:                  # the latter is how diffusers tells of a broken one
         no_row("diffusers", e)
-    work = {name: flops(training(args, UNet(config), b)) / 1e9 for name, b in shares.items()}
+    work = {name: flops(training(args, UNet(c), b)) / 1e9 for name, (b, c) in nets.items()}
     times = race(calls, args.repeats, args.device, "training")
     theirs = [name for name in times if name.startswith("diffusers") and "--compile" not in name]
     best = min(theirs or ["plain"], key=lambda name: statistics.median(times[name]))
     reachable, rows = matmul_peak(args.device, args.dtype), table_rows(times, args.batch, best)
     for row in rows:
-        row["GFLOP"] = work["--distill 0.15" if "--distill" in row["what"] else "plain"]
+        row["GFLOP"] = work.get(row["what"].split(" --compile")[0], work["plain"])
         row["MFU"] = 1e9 * row["GFLOP"] / row["s"] / reachable
     if args.profile:
         explain(calls[named("plain", args.compile)], args)

@@ -18,7 +18,7 @@ from runtime import launch, local_rows, pick_device, rank
 from trainer import Trainer
 
 TINY = dict(channels=8, mult=(1, 2), blocks=1, attention=(), groups=4, head_channels=8, classes=3)
-METHODS = {"train": 2, "dsdi": 1, "tsd": 2, "pd": 1}         # and into how many parts a batch is taken
+METHODS = {"train": 2, "dsdi": 1, "tsd": 2, "pd": 1, "shortcut": 2}         # and into how many parts a batch is taken
 
 class FourUpdates(Trainer):
     """Its loop makes four updates, of which the last leaves its gradients and no step."""
@@ -39,7 +39,7 @@ def gradients(method, accumulate=1):
     try:
         device = pick_device("cpu")
         torch.manual_seed(0)
-        net = UNet(UNetConfig(**TINY))
+        net = UNet(UNetConfig(**TINY, step_length=method == "shortcut"))
         for p in net.parameters():
             p.data += 0.1 * torch.randn_like(p)
         x, y = torch.randn(8, 3, 8, 8), torch.arange(8) % 3   # before a Trainer seeds each rank apart, for dropout
@@ -50,10 +50,8 @@ def gradients(method, accumulate=1):
         stream = iter(lambda: (local_rows(x), local_rows(y)), None)
         if method == "train":
             train.train(trainer, stream, b=0.15)
-        elif method == "pd":
-            distill.progressive(trainer, plan(method, 8, 12), stream)
         else:
-            distill.fine_tune(trainer, plan(method, 8, 12))
+            distill.loop_of(method)(trainer, plan(method, 8, 12), stream)
         return trainer.gradients
     finally:
         torch.set_default_dtype(torch.float32)

@@ -29,7 +29,8 @@ def test_every_group_leaves_its_rows(tmp_path, capsys, monkeypatch):
     found = json.loads((tmp_path / "out" / "bench.json").read_text())
     groups = {name: {row["what"]: row for row in g["rows"]} for name, g in found["groups"].items()}
     assert groups.keys() == bench.GROUPS.keys()
-    assert {"plain", "--distill 0.15", "diffusers", "diffusers, channels last"} == groups["train"].keys()
+    assert groups["train"].keys() == {"plain", "--distill 0.15", "--distill 0.25 --shortcut", "diffusers",
+                                      "diffusers, channels last"}
     assert groups["distill"].keys() == {"dsdi", "tsd"}
     assert groups["sample"].keys() == {"1 steps", "3 steps"} and "fid.py" in groups["fid"]
     for row in groups["train"].values():
@@ -44,11 +45,11 @@ def test_evaluations_and_copies_are_those_of_the_table(name):
     update, trainer = bench.distillation(settings(), name)
     _, evaluations, further = bench.METHODS[name]
     update()                                                  # the first one makes the further copies
-    nets, calls = [trainer.net, trainer.ema, *trainer.extra_state.values()], []
+    nets, rows = [trainer.net, trainer.ema, *trainer.extra_state.values()], []
     for net in nets:
-        net.register_forward_hook(lambda *_: calls.append(1))
+        net.register_forward_hook(lambda net, inputs, output: rows.append(len(output)))
     update()
-    assert len(calls) == evaluations
+    assert sum(rows) == evaluations * trainer.args.batch
     assert len(nets) - 2 == (further != "–") and trainer.step == 2
 
 def test_contestants_take_turns_and_warm_up():

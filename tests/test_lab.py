@@ -38,7 +38,7 @@ def test_the_trained_model_samples_as_the_exact_one(mixture, net):
 @pytest.mark.parametrize("schedule", METHODS)
 def test_every_method_improves_few_step_samples(schedule, mixture, net):
     before = lab.distances(net, mixture)
-    after = lab.distances(lab.in_the_lab(net, mixture, schedule, **lab.METHODS[schedule]), mixture)
+    after = lab.distances(lab.in_the_lab(net, mixture, schedule, **lab.SETTINGS[schedule]), mixture)
     assert after[TWO] < 0.95 * before[TWO] and after[FOUR] < 0.8 * before[FOUR], (before, after)
     assert after[EIGHT] < 1.1 * before[EIGHT], (before, after)
 

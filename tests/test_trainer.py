@@ -1,5 +1,6 @@
 """trainer.py: the optimiser's step, the average, resuming after a kill, signals, full disks; by way of train.py."""
 
+import dataclasses
 import math
 import signal
 import time
@@ -45,6 +46,12 @@ def test_an_update_is_adam_on_the_clipped_gradient_at_the_rate_of_the_schedule()
         assert all(q.grad is None for q in t.net.parameters())
         if step == 5:
             break
+
+def test_labels_are_dropped_one_time_in_ten():
+    t = a_trainer(batch=10_000)
+    t.net.config = dataclasses.replace(t.net.config, classes=7)
+    y = t.drop_labels(torch.zeros(10_000, dtype=torch.long))
+    assert set(y.tolist()) == {0, 7} and 0.08 < (y == 7).float().mean() < 0.12
 
 @pytest.mark.parametrize("warmup", [True, False])
 def test_the_average_follows_and_forgets_a_random_start_quickly(warmup):

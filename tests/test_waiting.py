@@ -77,16 +77,17 @@ def test_training_never_waits_for_the_gpu(network, accumulate):
     args.out = None
     train.train(NeverWaiting(args, network(classes=3), META, MODEL_INFO), iter(batch, None), 0.15)
 
-@pytest.mark.parametrize("schedule", ["dsdi", "tsd", "pd"])
+@pytest.mark.parametrize("schedule", ["dsdi", "tsd", "pd", "shortcut"])
 @pytest.mark.parametrize("diffusion", ["cosine", "ldm"])
 def test_distillation_never_waits_for_the_gpu(network, schedule, diffusion):
     """Nor where walks begin and end, and where a new depth does."""
     args = distill.parse_args(["--schedule", schedule, "--steps", "4", "--updates", "5"])
     vars(args).update(batch=8, dtype="fp32", out=None)
-    trainer = NeverWaiting(args, network(classes=3), META, MODEL_INFO | dict(schedule=diffusion))
+    net = network(classes=3, step_length=schedule == "shortcut")
+    trainer = NeverWaiting(args, net, META, MODEL_INFO | dict(schedule=diffusion))
     trainer.schedule(torch.zeros(1, device=META))             # LDM's table is copied once
     steps = plan(schedule, 4, 5)
-    distill.progressive(trainer, steps, iter(batch, None)) if schedule == "pd" else distill.fine_tune(trainer, steps)
+    distill.loop_of(schedule)(trainer, steps, iter(batch, None))
 
 def test_sampling_never_waits_for_the_gpu(network):
     xhat = Denoiser(network(classes=3), LDMDiscrete(), "eps", 3)
