@@ -59,7 +59,9 @@ def run_flags(g):
     g.add_argument("--log-every", type=at_least(1), metavar="N", help="updates between two lines of the log")
     g.add_argument("--sample-every", type=at_least(0), metavar="N", help="updates between two pictures; 0: none")
     g.add_argument("--save-every", type=at_least(1), metavar="N", help="updates between two checkpoints")
-    g.add_argument("--lr-end", type=positive, help="where the rate falls to, along a cosine (default: it stays)")
+    g.add_argument("--lr-end", type=positive,
+                   help="where the rate falls to, along a cosine (default: in distill.py to a tenth, in train.py "
+                        "with --shortcut to a hundredth, else it stays)")
     g.add_argument("--warmup", type=at_least(0), help="updates over which it rises from 0 (default: %(default)s)")
     g.add_argument("--betas", type=fraction, nargs=2, default=[0.9, 0.999], help="of Adam (default: %(default)s)")
     g.add_argument("--clip", type=positive, default=1.0, help="largest norm of the gradient (default: 1)")

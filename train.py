@@ -132,6 +132,8 @@ def parse_args(argv=None):
         p.error("--distill must be between 0 and 1: it is b in Equation 1")
     if args.shortcut and not 0 < args.distill < 0.5:
         p.error("--shortcut needs a share of the rows that jump, below a half: --distill 0.25")
+    if args.shortcut and args.lr_end is None:
+        args.lr_end = args.lr / 100                           # better at every step count than one that stays
     if args.guidance != 1 and not (args.shortcut and args.classes):
         p.error("--guidance is for --shortcut with --classes; other models are guided by sample.py")
     if getattr(args, "needs_data", False) and args.data is None:

@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from methods import distil_to_the_end
+from common import ROOT, to_the_end
 
-ROOT = Path(__file__).parent.parent
+import distill
 
 RUNS = {
     "dsdi, 3e-5": ["--schedule", "dsdi", "--lr", "3e-5"],
@@ -33,7 +33,7 @@ def main(argv=None):
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
     for number, (name, flags) in enumerate(RUNS.items()):
         out = Path("out/curve") / str(number)
-        distil_to_the_end(out, [
+        to_the_end(distill.main, out, [
             *flags, "--ckpt", args.ckpt, "--updates", str(args.updates), "--drift", "0", "--save-every",
             str(args.every), "--fid-every", str(args.every), "--fid-samples", str(args.n), "--weights", "random",
             *(["--data", args.data] if args.data else [])])

@@ -7,10 +7,10 @@ all with fid.py and sample.py. What is there already is not made again.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import to_the_end
+
 import distill
 import fid
 import sample
@@ -20,14 +20,6 @@ RUNS = {name: ["--schedule", name] for name in METHODS} | {
     "dsdi-average": ["--schedule", "dsdi", "--target-ema", "0.98", "--lr", "3e-5"],
     "dsdgl-average": ["--schedule", "dsdgl", "--target-ema", "0.98", "--lr", "7e-5"],
 }
-
-def distil_to_the_end(out, flags):
-    """A run of distill.py into `out`: from its start, or from where it stopped; nothing if it is finished."""
-    try:
-        distill.main([*(["--resume"] if (out / "ckpt.pt").exists() else [*flags, "--overwrite"]), "--out", str(out)])
-    except SystemExit as e:
-        if "is finished" not in str(e.code):
-            raise
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -44,7 +36,7 @@ def main(argv=None):
     for name in args.runs:
         ckpts.append(str(out / name / "ckpt.pt"))
         reads = data if name == "pd" else []
-        distil_to_the_end(out / name, [*RUNS[name], "--ckpt", args.ckpt, "--seed", str(args.seed), *reads])
+        to_the_end(distill.main, out / name, [*RUNS[name], "--ckpt", args.ckpt, "--seed", str(args.seed), *reads])
     sample.main(["--ckpt", *ckpts, "--steps", "2", "4", "8", "--out", str(out / "grid.png")])
     fid.main(["--weights", "random", "-n", str(args.n), *data, "--steps", *map(str, args.steps), "--ckpt", *ckpts,
               "--out", str(out)])
