@@ -10,6 +10,7 @@ sample.py need them. What a run adds to go on exactly: see trainer.py. LDM's own
 import contextlib
 import hashlib
 import os
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def whole_file(path):
 
     Exits if it can't be written, as on a full disk."""
     path = Path(path)
-    tmp = path.with_name(path.name + ".tmp")
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")    # of this process alone
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
@@ -38,6 +39,31 @@ def whole_file(path):
     finally:
         with contextlib.suppress(OSError):
             tmp.unlink()
+
+@contextlib.contextmanager
+def claimed(path, folder=True):
+    """Hold the lock of a folder, or of a file, made if need be. Exits if it can't be, or if another process has it."""
+    path = Path(path)
+    try:
+        (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
+        if not folder:
+            path.touch()
+    except OSError as e:
+        raise SystemExit(f"error: can't write {path} ({e.strerror or e})") from None
+    if os.name == "nt":                                       # Windows has other locks
+        yield
+        return
+    import fcntl
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):                    # on a file system that has no locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                sys.exit(f"error: another process is writing into {path}: wait for it, or choose another place")
+        yield
+    finally:
+        os.close(handle)
 
 def save_checkpoint(path, state):
     """Write a dict of tensors and plain values, so that `path` always holds a whole file, old or new."""

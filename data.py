@@ -13,8 +13,11 @@ import contextlib
 import hashlib
 import io
 import json
+import multiprocessing
 import os
+import re
 import shutil
+import signal
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +56,8 @@ class Files:
                             and not any(p.startswith((".", "__MACOSX")) for p in Path(n).parts))
         self.count = len(self.names)
         self.labels, self.classes = _labels(self.names)
+        if self.classes != sorted(self.classes):              # packed by older versions with labels in this order
+            self.fingerprint += " natural"
 
     def _open_folder(self):
         names, digest, seen = [], hashlib.sha256(), set()
@@ -74,9 +79,11 @@ class Files:
         try:
             archive, info = zipfile.ZipFile(self.path), self.path.stat()
         except (zipfile.BadZipFile, OSError) as e:
-            raise DataError(f"error: {self.path} is no zip file, nor a folder or an LMDB folder ({e})") from None
-        self.fingerprint, self.read = f"{info.st_size} {info.st_mtime_ns}", archive.read
-        return [i.filename for i in archive.infolist() if not i.is_dir()]
+            raise DataError(f"error: {self.path} is neither a folder, nor a zip, nor an LMDB folder ({e})") from None
+        self.fingerprint = f"{info.st_size} {info.st_mtime_ns}"
+        self.stored = {i.filename.replace("\\", "/"): i for i in archive.infolist() if not i.is_dir()}
+        self.read = lambda name: archive.read(self.stored[name])
+        return list(self.stored)                              # some programs for Windows write folders with \
 
     def items(self, start, size):
         for name, label in zip(self.names[start:], self.labels[start:], strict=True):
@@ -87,10 +94,15 @@ def _labels(names):
     folders = [n.split("/")[:-1] for n in names]
     depth = len(os.path.commonprefix(folders))
     tops = ["/".join(f[depth:depth + 1]) for f in folders]    # "" for an image that lies beside the classes' folders
-    classes, labels = np.unique(tops, return_inverse=True)
-    if len(classes) < 2 or not classes[0]:
+    classes = sorted(set(tops), key=natural)
+    if len(classes) < 2 or "" in classes:
         return [-1] * len(names), []
-    return labels.tolist(), classes.tolist()
+    number = {name: i for i, name in enumerate(classes)}
+    return [number[top] for top in tops], classes
+
+def natural(name):
+    """A key that sorts names as people do: 2 before 10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"([0-9]+)", name)]
 
 class LSUN:
     """An LSUN category as distributed: an LMDB folder of encoded images, e.g. church_outdoor_train_lmdb."""
@@ -100,24 +112,46 @@ class LSUN:
     def __init__(self, path):
         try:
             import lmdb
-            self.env = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
-            self.count = self.env.stat()["entries"]
+            with lmdb.open(str(path), readonly=True, lock=False, readahead=False) as env:
+                self.count, size = env.stat()["entries"], (env.info()["last_pgno"] + 1) * env.stat()["psize"]
         except ImportError:
             raise DataError("error: reading LSUN's LMDB needs the package lmdb: pip install lmdb") from None
         except lmdb.Error as e:
             raise DataError(f"error: {path} is no readable LMDB ({e})") from None
-        self.path, self.name, self.error = path, path.name.removesuffix("_lmdb"), lmdb.Error
+        self.path, self.name = path, path.name.removesuffix("_lmdb")
         info = (path / "data.mdb").stat()
+        if info.st_size < size:                               # to read beyond the end of it would end Python
+            raise DataError(f"error: {path}/data.mdb is cut off: {info.st_size:,} of {size:,} bytes")
         self.fingerprint = f"{info.st_size} {info.st_mtime_ns} {self.count}"
         self.labels = [-1] * self.count
 
     def items(self, start, size):
+        """Another process reads: where a page is damaged, LMDB's library ends the process that it runs in."""
+        context = multiprocessing.get_context("spawn")
+        pipe, end = context.Pipe(duplex=False)
+        reader = context.Process(target=_read_lmdb, args=(str(self.path), start, end), daemon=True)
+        reader.start()
+        end.close()                                           # so that the pipe ends when the reader does
+        done = start
         try:
-            with self.env.begin(buffers=True) as txn:         # buffers: no image before `start` is read from the disk
-                for key, value in islice(txn.cursor(), start, None):       # in key order: one pass over the disk
-                    yield bytes(key).decode(errors="replace"), (lambda image=bytes(value): image), -1
-        except self.error as e:
-            raise DataError(f"error: {self.path} can't be read to its end ({e})") from None
+            while (record := pipe.recv()) is not None:
+                yield record[0], (lambda image=record[1]: image), -1
+                done += 1
+        except EOFError:
+            raise DataError(f"error: {self.path} is damaged: it can't be read beyond image {done:,}") from None
+        finally:
+            reader.kill()
+            reader.join()
+
+def _read_lmdb(path, start, pipe):
+    """Send (name, bytes) of each entry from number `start` on, and None after the last."""
+    import lmdb
+    signal.signal(signal.SIGINT, signal.SIG_IGN)              # Ctrl-C is for the process that waits for this one
+    with (contextlib.suppress(lmdb.Error, BrokenPipeError),   # the pipe's end says it
+          lmdb.open(path, readonly=True, lock=False, readahead=False) as env, env.begin(buffers=True) as txn):
+        for key, value in islice(txn.cursor(), start, None):  # buffers: no image before `start` is read from the disk
+            pipe.send((bytes(key).decode(errors="replace"), bytes(value)))     # in key order: one pass over the disk
+        pipe.send(None)
 
 def open_source(path):
     """The source behind `--data`: None for the built-in pictures, a folder, a zip, or an LMDB folder."""
@@ -132,13 +166,21 @@ def open_source(path):
     return source
 
 def to_rgb(image):
-    """Any PIL image as RGB: palettes and greyscale expanded, transparency laid on white, 16-bit scaled to 8."""
-    if image.mode.startswith("I"):                            # 16-bit greyscale, which PIL would clip at 255
-        return Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257)).convert("RGB")
+    """Any PIL image as RGB: palettes and greyscale expanded, transparency laid on white."""
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+def eight_bits(image):
+    """A PIL image with 8 bits a channel: 16-bit greyscale is scaled, where PIL would clip it at 255.
+
+    Raises ValueError for values whose range nobody can know: floats, and 32 bits but in a PNG, which has only 16."""
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        raise ValueError(f"32 bits a pixel (mode {image.mode}), of unknown range: store it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        return Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257))
+    return image
 
 def centre_square(width, height, crop=None):
     """The centred square (left, top, right, bottom) in pixels. crop: its side, or if <= 1 a share of the shorter."""
@@ -152,15 +194,19 @@ def decode(source, size, crop=None):
     if isinstance(source, np.ndarray):
         return source
     with Image.open(io.BytesIO(source)) as image:
-        image = to_rgb(ImageOps.exif_transpose(image))        # photographs know which side is up
+        image = to_rgb(ImageOps.exif_transpose(eight_bits(image)))     # photographs know which side is up
     # PIL's bicubic widens its support when it shrinks: unlike torch's default, it does not alias.
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=centre_square(*image.size, crop)))
 
 # ---- the packed cache -----------------------------------------------------------------------------------
 def default_cache():
-    """Where packed data lives unless told otherwise: $DSD_CACHE, or the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DSD_CACHE") or Path(base, "dsd"))
+    """Where packed data lives unless told otherwise: $DSD_CACHE, or the user's cache folder. Raises DataError."""
+    try:
+        base = os.environ.get("DSD_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dsd")
+        return Path(base).expanduser()
+    except RuntimeError:                                      # no HOME, and a user that the system does not know
+        raise DataError("error: there is no home folder to keep packed images in: "
+                        "set DSD_CACHE, or give --cache DIR") from None
 
 def load_data(path=None, size=32, crop=None, cache=None):
     """Open a data set, packing it first if there is no valid cache. Returns an `Images`; raises DataError.
@@ -190,7 +236,8 @@ def _pack(source, folder, size, crop):
         try:
             return decode(read(), size, crop).tobytes(), None
         except Exception as e:  # a broken file among three million must not end the run, whatever it raises
-            return b"", (name, f"{type(e).__name__}: {e}".splitlines()[0][:120])
+            why = re.sub(r" *<_io\.BytesIO object at \w+>", "", f"{type(e).__name__}: {e}")
+            return b"", (name, why.splitlines()[0][:120])
     journal, image_bytes, seen, skipped = folder / "journal.json", 3 * size * size, 0, []
     with contextlib.suppress(OSError, ValueError):            # no journal yet, or one that a power cut emptied
         seen, skipped = json.loads(journal.read_text())
@@ -253,6 +300,14 @@ def check_space(folder, need, what):
         raise DataError(f"error: {what} needs {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f}; "
                         f"--cache names another folder")
 
+def mapped(path, dtype, shape):
+    """A file as an array, read from the disk as it is used. Raises DataError if it has not the right length, since to
+    read beyond the end of a mapped file ends Python without a word."""
+    want, found = int(np.prod(shape)) * np.dtype(dtype).itemsize, path.stat().st_size
+    if found != want:
+        raise DataError(f"error: {path} is damaged ({found:,} bytes, not {want:,}); delete it to have it made again")
+    return np.memmap(path, dtype, "r", shape=shape)
+
 # ---- the packed images ----------------------------------------------------------------------------------
 class Images:
     """A packed data set, mapped into memory. Raises DataError if its file of pixels is damaged.
@@ -263,15 +318,28 @@ class Images:
     def __init__(self, folder):
         meta = json.loads((folder / "meta.json").read_text())
         shape = (meta["count"], meta["size"], meta["size"], 3)
-        if (folder / "images.u8").stat().st_size != np.prod(shape):
-            raise DataError(f"error: {folder} is damaged (images.u8 has the wrong size); delete it to pack it again")
-        self.pixels = np.memmap(folder / "images.u8", np.uint8, "r", shape=shape)
+        self.pixels = mapped(folder / "images.u8", np.uint8, shape)
         self.labels = np.load(folder / "labels.npy")
+        if self.labels.shape != shape[:1]:
+            raise DataError(f"error: {folder}/labels.npy is damaged; delete the folder to have it packed again")
         self.classes, self.folder = meta["classes"], folder
         self.preparation = f"crop {meta['crop'] or 'square'}, PIL bicubic to {meta['size']}x{meta['size']}"
 
     def __len__(self):
         return len(self.pixels)
+
+    def number_as(self, classes):
+        """Give the labels the numbers that a model has for classes of these names. Raises DataError for others."""
+        if set(classes) != set(self.classes):
+            names = ", ".join(sorted(set(classes) ^ set(self.classes))[:5])
+            raise DataError(f"error: the model's classes are not those of the data, which differ in: {names}")
+        number = np.array([classes.index(name) for name in self.classes], np.int32)
+        self.labels, self.classes = number[self.labels], list(classes)
+
+    def digest(self):
+        """Tells one data set from another: a hash of all labels and of a few hundred images."""
+        some = self.pixels[np.linspace(0, len(self) - 1, 256).astype(int)]
+        return hashlib.sha256(self.labels.tobytes() + some.tobytes()).hexdigest()[:16]
 
     def batch(self, step, size, seed, flip=True, share=(0, 1)):
         """Batch number `step`: images (size, 3, H, W) in [-1, 1], labels (size,); half of the images mirrored.
@@ -303,7 +371,11 @@ def to_tensor(pixels):
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1)
 
 def to_pixels(x):
-    """(N, 3, H, W) in [-1, 1] to (N, H, W, 3) uint8, clipped and rounded."""
+    """(N, 3, H, W) in [-1, 1] to (N, H, W, 3) uint8, clipped and rounded. Raises DataError if a value is not finite."""
+    bad = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise DataError(f"error: image {bad[0]} of {len(x)} is not finite (NaN): are the model's weights? "
+                        f"If not: --dtype fp32")
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 def save_grid(x, path, columns, labels=()):

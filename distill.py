@@ -28,7 +28,7 @@ from plans import METHODS, locate, plan, print_plan
 from runtime import broadcast, describe_device, launch, pick_device, pick_dtype, ranks
 from sample import Sampler
 from shortcut import OwnSamples, shortcut
-from trainer import Trainer, batches, check_out, prepare_out, update_ema
+from trainer import Trainer, batches, check_out, data_of_run, final_rate, prepare_out, update_ema
 
 # ---- Algorithms 1 and 2 -----------------------------------------------------------------------------------
 def distillation_loss(xhat, z, t, t1, t2, y, w, second, first=None, target="ddim", weight="snr"):
@@ -128,7 +128,7 @@ DEFAULTS = dict(updates=128, batch=32, warmup=12, betas=[0.9, 0.98], ema=0.98, l
 RATES = {"dsdn": 1e-5, "dsdi": 1e-5, "dsdgl": 5e-6, "dsdgexp": 5e-6, "tsd": 1e-4, "pd": 1e-4}
 
 # For shortcut, with any model; with LDM's they were never tried.
-SHORTCUT = dict(updates=600, lr=1e-3, lr_end=1e-4, warmup=30, ema=0.95, target_ema=0.95,
+SHORTCUT = dict(updates=600, lr=1e-3, warmup=30, ema=0.95, target_ema=0.95,
                 guidance=[2.0, 2.0])
 
 # For LDM's models: Table 3. It has no batch, and no length of the warm-up: those are ours.
@@ -138,7 +138,7 @@ TABLE3_CLASSES = TABLE3 | dict(updates=5000, lr=1e-7, betas=[0.99, 0.999], ema=0
 
 def defaults(given):
     """What the flags of the optimiser and the run are unless given."""
-    settings = dict(out=f"out/{given.schedule}")
+    settings = dict(out=f"out/{given.schedule}", lr_share=0.1)    # the rate falls to 10 % (section 5)
     if given.ldm:
         settings |= TABLE3_CLASSES if MODELS[given.ldm].unet.classes else TABLE3
     else:
@@ -205,7 +205,6 @@ def check(p, args):
     ):
         if wrong:
             p.error(message)
-    args.lr_end = args.lr / 10 if args.lr_end is None else args.lr_end      # to 10 % (section 5)
     try:
         plan(args.schedule, args.steps, args.updates)
     except ValueError as e:
@@ -219,9 +218,10 @@ def history(args, source):
     was = source.get("args", {})
     trained = dict(how="train --shortcut" if was.get("shortcut") else "train", updates=source.get("step"),
                    distill=was.get("distill"), data=was.get("data"))
-    keep = ["updates", "batch", "steps", "lr", "lr_end", "ema", "target_ema", "seed"]
+    keep = ["updates", "batch", "steps", "lr", "ema", "target_ema", "seed"]
     keep += ["share", "pool", "guidance"] if METHODS[args.schedule].shortcut else ["target", "weight"]
-    now = dict(how=args.schedule, ckpt=str(args.ckpt), hash=model_hash(args.ckpt)) | {k: getattr(args, k) for k in keep}
+    now = dict(how=args.schedule, ckpt=str(args.ckpt), hash=model_hash(source), lr_end=final_rate(args))
+    now |= {k: getattr(args, k) for k in keep}
     return [*source.get("history", [trained]), now]
 
 def check_source(args, net, source, images):
@@ -234,9 +234,12 @@ def check_source(args, net, source, images):
         Denoiser.of(net, source).schedule.times(args.steps)
     except ValueError as e:
         sys.exit(f"error: {e}")
-    if METHODS[args.schedule].data and net.config.classes and len(images.classes) != net.config.classes:
-        sys.exit(f"error: the model has {net.config.classes} classes, but {args.data or 'the data'} has "
-                 f"{len(images.classes)} (sub-folders name the classes)")
+    if METHODS[args.schedule].data and net.config.classes:
+        if source["classes"]:
+            images.number_as(source["classes"])
+        elif len(images.classes) != net.config.classes:       # LDM's have numbers only, in the order of their names
+            sys.exit(f"error: the model has {net.config.classes} classes, but {args.data} has "
+                     f"{len(images.classes)} (sub-folders name the classes)")
 
 def own_samples(trainer):
     """The data of a run of shortcut without --data: samples of the undistilled model, in --steps steps."""
@@ -255,6 +258,7 @@ def main(argv=None):
     args.dtype = pick_dtype(args.dtype, device)
     state = check_out(args, f"distil it further as --ckpt {args.out}/ckpt.pt, into another --out")
     net, source = load_model(Path(args.out) / "ckpt.pt" if state else args.ckpt, device, name=args.ldm, size=args.size)
+    past = source["history"] if state else history(args, source)        # now: the file may be replaced meanwhile
     was, method = source.get("args", {}), METHODS[args.schedule]
     reads = method.data or (method.shortcut and args.data)
     args.size, args.crop, args.data = image_size(source), was.get("crop"), args.data or was.get("data")
@@ -265,7 +269,7 @@ def main(argv=None):
         net.add_step_length()
     check_source(args, net, source, images)
     model_info = {k: source[k] for k in FROM_SOURCE if k in source}
-    model_info["history"] = source["history"] if state else history(args, source)
+    model_info["history"] = past
     if method.shortcut and net.config.classes:
         model_info["guidance"] = args.guidance[0]
     torch.manual_seed(args.seed)
@@ -281,11 +285,12 @@ def main(argv=None):
         trainer.watch = lambda _: dict(depth=locate(steps, trainer.step - 1)[0]) | guard(trainer)
     stream = None
     if reads:
+        model_info["data"] = data_of_run(images, state)
         data = Latents(images, source, device, args.dtype) if args.ldm else images
         stream = batches(data, args, trainer.step, device)
     prepare_out(args, state)
     print(f"{args.schedule}: {param_count(net) / 1e6:.2f} M parameters, {args.updates:,} updates of {args.batch} on "
-          f"{describe_device(device)} in {args.dtype}, from {args.steps} steps, lr {args.lr:g} to {args.lr_end:g}")
+          f"{describe_device(device)} in {args.dtype}, from {args.steps} steps, lr {args.lr:g} to {final_rate(args):g}")
     if method.shortcut and not reads:
         stream = batches(own_samples(trainer), args, trainer.step, device)
     loop_of(args.schedule)(trainer, steps, stream)

@@ -19,19 +19,22 @@ import io
 import json
 import os
 import sys
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from itertools import chain, count, islice, pairwise
+from itertools import chain, count, groupby, islice
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from checkpoint import whole_file
-from data import DataError, load_data, locked, open_source, to_pixels
-from flags import at_least, device_flags
+from checkpoint import claimed, whole_file
+from data import DataError, eight_bits, load_data, locked, open_source, to_pixels
+from flags import at_least, device_flags, seed
 from inception import RANDOM, SHA256, load_features
 from ldm import image_size, ldm_flag, model_hash
 from runtime import broadcast, launch, log_stderr, pick_device, pick_dtype, progress, rank, ranks, sum_over_ranks
@@ -99,9 +102,14 @@ def statistics_of_batches(batches, n, features, provenance, desc, splits=10):
     kid_features = torch.zeros(len(chosen), dim, device=features.device)
     shades = np.zeros(256, np.int64)                          # how often each value of a pixel occurs
     sides = np.zeros((2, 2), np.int64)                        # sums of the heights and widths, and of their squares
+    def counted(images):
+        for image in images:
+            shades[:] += np.bincount(image.ravel(), minlength=256)
+            sides[:] += np.array(image.shape[:2]) ** [[1], [2]]
+            yield image
     with progress(total=n, desc=desc, unit="img") as bar:
         for start, images in batches:
-            pooled, logits = features(images)
+            pooled, logits = features(counted(images))
             if not pooled.isfinite().all():
                 sys.exit(f"error: {desc}: features are not finite; the images, or the weights, are not usable")
             x, end = pooled.double(), start + len(pooled)
@@ -110,9 +118,6 @@ def statistics_of_batches(batches, n, features, provenance, desc, splits=10):
             split_sums.index_add_(0, split[start:end], split_terms(logits))
             first, last = np.searchsorted(chosen, [start, end])
             kid_features[first:last] = pooled[torch.from_numpy(chosen[first:last] - start)]
-            for image in images:
-                shades += np.bincount(image.ravel(), minlength=256)
-                sides += np.array(image.shape[:2]) ** [[1], [2]]
             bar.update(min(n, start + ranks() * len(x)) - bar.n)     # the other ranks are about as far
     # Of kid_features each rank has filled rows of its own, so that their sum is all of them.
     for part in (total, outer, split_sums, kid_features, torch.from_numpy(shades), torch.from_numpy(sides)):
@@ -206,13 +211,7 @@ def compare(real, fake):
     """All scores of `fake` against `real` (Statistics), with what they are: dict(scores, features, real, fake).
 
     Exits if the two can't be compared."""
-    if real.weights != fake.weights:
-        sys.exit(f"error: features of different networks can't be compared: REAL has {real.weights}, "
-                 f"FAKE {fake.weights}")
-    a, b = real.provenance["size"], fake.provenance["size"]
-    if a != b and "unknown" not in (a, b):
-        sys.exit(f"error: images of different sizes can't be compared: REAL has {a}, FAKE {b}. "
-                 f"--size N brings REAL to the size of FAKE as training does.")
+    check_alike((real.weights, fake.weights), [s.provenance["size"] for s in (real, fake)])
     for side, s in (("REAL", real), ("FAKE", fake)):
         n = s.provenance["images"]
         if n != "unknown" and n < len(s.mu):
@@ -230,6 +229,14 @@ def compare(real, fake):
     features = dict(network=fake.weights, resized="bilinear to 299x299, as pytorch-fid")
     return dict(scores=scores, features=features, real=real.provenance, fake=fake.provenance)
 
+def check_alike(networks, sizes):
+    """Exit unless REAL and FAKE (pairs) have features of one network, and images of one size."""
+    if len(set(networks)) > 1:
+        sys.exit("error: features of different networks can't be compared: REAL has {}, FAKE {}".format(*networks))
+    if len(set(sizes)) > 1 and "unknown" not in sizes:
+        sys.exit("error: images of different sizes can't be compared: REAL has {}, FAKE {}. --size N brings REAL to "
+                 "the size of FAKE as training does.".format(*sizes))
+
 # ---- where images come from ------------------------------------------------------------------------------------
 def own_batches(items, batch):
     """This rank's batches of an iterable: (number of the first item, list); batch i is done on rank i mod ranks."""
@@ -241,26 +248,45 @@ def own_batches(items, batch):
         if i % ranks() == rank():
             yield i * batch, chunk
 
-def statistics_of(path, features, size=None, crop=None, batch=64):
-    """Statistics of a side of the comparison: a folder, zip, LMDB, npz of images or of statistics. Raises DataError.
+@dataclass
+class Side:
+    """One side of a comparison, opened and checked before anything is computed.
+
+    compute  features -> its Statistics, on rank 0
+    size     of its images, or of the first of them: "64x64", "mixed", "unknown";  exact  it is that of all
+    network  whose features it holds already; None: whose are asked for"""
+
+    compute: Callable
+    size: str
+    exact: bool = True
+    network: str | None = None
+
+def open_side(path, size=None, crop=None, batch=64):
+    """A `Side` of the comparison: a folder, zip, LMDB, npz of images or of statistics. Raises DataError.
 
     size, crop   bring the images to a model's size first, through the very packing of training"""
     path = Path(path).expanduser()
+    about = dict(source=str(path), prepared="as stored")
     if path.suffix == ".npz" and path.is_file():
         if size:
             raise DataError(f"error: --size needs image files or an LMDB; {path} holds images as they are")
         if is_statistics(path):
             stats = Statistics.load(path)
             stats.provenance.setdefault("source", str(path))
-            return stats
-        images = npz_images(path)
-        n, batches = len(images), own_batches(images, batch)
+            return Side(lambda _: stats, stats.provenance["size"], network=stats.weights)
+        images, exact = npz_images(path), True
+        n, shape, batches = len(images), images.shape[1:], lambda: own_batches(images, batch)
     elif size:
-        return packed_statistics(load_data(path, size, crop), features, batch)
+        images = load_data(path, size, crop)
+        return Side(lambda features: packed_statistics(images, features, batch), f"{size}x{size}")
     else:
-        source = open_source(path)
-        n, batches = source.count, decoded_batches(source, batch)
-    return statistics_of_batches(batches, n, features, dict(source=str(path), prepared="as stored"), path.name)
+        source, exact = open_source(path), False
+        n, batches = source.count, lambda: decoded_batches(source, batch)
+        shape = decode_stored(source, next(source.items(0, None))).shape
+    if n < 2:
+        raise DataError(f"error: {path}: a covariance needs at least two images")
+    return Side(lambda features: statistics_of_batches(batches(), n, features, about, path.name),
+                f"{shape[1]}x{shape[0]}", exact)
 
 def packed_statistics(images, features, batch=64):
     """Statistics of a packed data set (data.Images), kept beside it: the reference is computed once. On rank 0."""
@@ -298,24 +324,35 @@ def npz_images(path):
         raise DataError(f"error: {path}: images must be (N, H, W, 3) uint8, not {images.shape} {images.dtype}")
     return images
 
+def decode_stored(source, item):
+    """The image of an item of a data source, (H, W, 3) uint8 of its own size. Raises DataError."""
+    name, read, _ = item
+    with reading(f"{name} in {source.path}", "can't be read"), Image.open(io.BytesIO(read())) as image:
+        return np.asarray(eight_bits(image).convert("RGB"))   # as pytorch-fid: no turning, no white behind alpha
+
 def decoded_batches(source, batch):
-    """This rank's batches (see `own_batches`) of a data source's images, decoded in threads one batch ahead."""
-    def work(item):
-        name, read, _ = item
-        with reading(f"{name} in {source.path}", "can't be read"), Image.open(io.BytesIO(read())) as image:
-            return np.asarray(image.convert("RGB"))           # as pytorch-fid: no turning, no white behind alpha
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        begun = ((start, pool.map(work, items)) for start, items in own_batches(source.items(0, None), batch))
-        for (start, images), _ in pairwise(chain(begun, [None])):      # the next is begun before this one is waited for
-            yield start, list(images)
+    """This rank's batches (see `own_batches`) of a data source's images, decoded in threads as they are asked for.
+
+    Two images for each thread are decoded ahead, of whatever batch: photographs are big."""
+    items = ((start, item) for start, items in own_batches(source.items(0, None), batch) for item in items)
+    threads, begun = min(8, os.cpu_count()), deque()
+    with ThreadPoolExecutor(threads) as pool:
+        def in_order():
+            for start, item in chain(items, [(None, None)] * 2 * threads):
+                begun.append((start, item and pool.submit(decode_stored, source, item)))
+                if len(begun) > 2 * threads:
+                    start, image = begun.popleft()
+                    yield start, image.result()
+        for start, images in groupby(in_order(), key=itemgetter(0)):
+            yield start, map(itemgetter(1), images)
 
 # ---- models: the rows of Tables 1 and 2 --------------------------------------------------------------------------
 def evaluate(args, path, features, device):
     """What `compare` gives for one checkpoint at each of --steps, from its cache where that is known: on rank 0."""
     sampler, state = load_sampler(path, args, device, pick_dtype(args.dtype, device))
+    model = dict(hash=model_hash(state), weights="raw" if args.raw else "ema", dtype=sampler.dtype)
     trained = state.get("args", {})
     images = load_data(args.data or trained.get("data"), image_size(state), trained.get("crop"), args.cache)
-    model = dict(hash=model_hash(path), weights="raw" if args.raw else "ema", dtype=sampler.dtype)
     reference, results = [], []                               # read, or computed, for the first score that is not known
     for steps in args.steps:
         key = dict(model, version=VERSION, steps=steps, n=args.n, seed=args.seed, guidance=args.guidance,
@@ -387,7 +424,7 @@ def parse_args(argv=None):
     g.add_argument("--features", choices=["fp32", "bf16"], default="fp32",
                    help="precision of the Inception network; bf16 is faster, not for published numbers (default: fp32)")
     g = p.add_argument_group("rarely needed")
-    g.add_argument("--seed", type=at_least(0), default=0, help="of the noise (default: 0)")
+    g.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
     g.add_argument("--raw", action="store_true", help="the weights themselves instead of their average (EMA)")
     g.add_argument("--batch", type=at_least(1), default=64, help="images at a time (default: 64)")
     g.add_argument("--cache", metavar="DIR", help="where packed images are kept (default: $DSD_CACHE or ~/.cache/dsd)")
@@ -402,21 +439,35 @@ def parse_args(argv=None):
         p.error("--crop goes with --size: it is part of bringing REAL to a model's size")
     return args
 
-def compare_files(args, features):
+def compare_files(args, sides, features):
     """Print the scores of the second side against the first, and what they are; with --save keep its statistics."""
-    sides = [statistics_of(path, features, None if i else args.size, args.crop, args.batch)
-             for i, path in enumerate(args.sides)]
+    if len(sides) == 2:                                       # before hours are spent on the first
+        sizes = [side.size for side in sides]
+        told = any(side.exact for side in sides) and "mixed" not in sizes
+        check_alike([side.network or features.id for side in sides], sizes if told else ["unknown"] * 2)
+    stats = [side.compute(features) for side in sides]
     if rank():
         return
-    if args.save:
-        sides[-1].save(args.save)
-        print(f"wrote {args.save}")
-    if len(sides) == 2:
-        result = compare(*sides)
+    if len(stats) == 2:
+        result = compare(*stats)
         for name, value in result["scores"].items():
             print(f"{name}: {value:.6g}")
         for part in ("real", "fake", "features"):
             print(f"{part}: " + ", ".join(f"{k} {v}" for k, v in result[part].items()))
+    if args.save:                                             # last: a full disk must not cost the scores
+        stats[-1].save(args.save)
+        print(f"wrote {args.save}")
+
+def open_sides(args):
+    """The sides of a comparison of files. Exits if one can't be used, or if --save would take another file's place."""
+    sides = [open_side(path, None if i else args.size, args.crop, args.batch) for i, path in enumerate(args.sides)]
+    save = args.save and Path(args.save)
+    if save and save.exists() and not is_statistics(save):
+        sys.exit(f"error: {save} is there already, and holds no statistics; choose another --save")
+    with suppress(OSError):
+        if not save or save.parent.mkdir(parents=True, exist_ok=True) or os.access(save.parent, os.W_OK):
+            return sides
+    sys.exit(f"error: can't write into {save.parent}; choose another --save")
 
 def compare_models(args, features, device):
     """Score every checkpoint at every step count: table.md and table.json in --out."""
@@ -442,13 +493,13 @@ def main(argv=None):
     for path in [*(args.ckpt or []), *args.sides]:             # before a long download, and longer sampling
         if not Path(path).expanduser().exists():
             sys.exit(f"error: no such file or folder: {path}")
-    try:
-        needed = args.ckpt or not all(is_statistics(path) for path in args.sides)
-        features = load_features(args.weights, device, args.features) if needed else None
-        compare_models(args, features, device) if args.ckpt else compare_files(args, features)
-    except KeyboardInterrupt:
-        log_stderr("stopped; the same command goes on: statistics and scores that were whole are kept")
-        sys.exit(130)
+    sides = open_sides(args)
+    needed = args.ckpt or not all(is_statistics(path) for path in args.sides)
+    features = load_features(args.weights, device, args.features) if needed else None
+    if not args.ckpt:
+        return compare_files(args, sides, features)
+    with claimed(args.out) if rank() == 0 else nullcontext():
+        compare_models(args, features, device)
 
 if __name__ == "__main__":
     launch(main)

@@ -21,6 +21,7 @@ def at_least(low):
     """A type for argparse: whole numbers from `low` on."""
     return checked(int, lambda value: value >= low, f"a number from {low} on")
 
+seed = checked(int, lambda value: 0 <= value < 2 ** 62, "a number from 0 to 2^62")
 positive = checked(float, lambda value: 0 < value < math.inf, "a positive number")
 fraction = checked(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 
@@ -46,7 +47,7 @@ def optimiser_flags(g):
     g.add_argument("--batch", type=at_least(1), help="images per update, of all processes (default: %(default)s)")
     g.add_argument("--lr", type=positive, help="learning rate after warm-up (default: %(default)s)")
     g.add_argument("--ema", type=fraction, help="decay of the weight average, which is sampled (default: %(default)s)")
-    g.add_argument("--seed", type=at_least(0), default=0, help="of weights, batches and noise (default: 0)")
+    g.add_argument("--seed", type=seed, default=0, help="of weights, batches and noise (default: 0)")
 
 def score_flags(g):
     """Scores while a run goes on, as fid.py gives them."""
@@ -70,6 +71,7 @@ def run_flags(g):
                    help="take each batch in K parts, one after the other: a K-th of the memory for activations")
     g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
                    help="compute activations twice: a fraction of the memory, a third more time")
+    g.set_defaults(lr_share=1.0)                              # no flag: what --lr-end is of --lr unless given
     device_flags(g, compiled=True)
 
 def parse_with_saved(p, argv, defaults):
@@ -80,7 +82,12 @@ def parse_with_saved(p, argv, defaults):
     argv = sys.argv[1:] if argv is None else argv
     given = p.parse_args([flag for flag in argv if flag not in ("-h", "--help")])
     p.set_defaults(**defaults(given))
-    saved = load_checkpoint(Path(given.out or p.get_default("out")) / "ckpt.pt")["args"] if given.resume else {}
+    out = Path(given.out or p.get_default("out"))
+    if given.resume and (out / "log.jsonl").exists() and not (out / "ckpt.pt").exists():
+        sys.exit(f"error: the run in {out} ended before its first checkpoint: start it again, without --resume")
+    saved = load_checkpoint(out / "ckpt.pt")["args"] if given.resume else {}
     p.set_defaults(**{k: v for k, v in saved.items() if k not in ("out", "resume", "overwrite")})
     args = p.parse_args(argv)
+    if args.data:                                             # for --resume in another folder
+        args.data = str(Path(args.data).expanduser().absolute())
     return args, {k for k, v in saved.items() if getattr(args, k, v) != v}

@@ -4,7 +4,6 @@
     trainer.watch = Guard(trainer)                                                           # at each line of the log
 """
 
-import math
 import sys
 
 import torch
@@ -48,7 +47,8 @@ def compare_picture(trainer):
 
 def moments(x):
     """Mean, standard deviation and diversity of (B, C, H, W), drawn: how much a pixel differs from image to image."""
-    return dict(mean=x.mean().item(), std=x.std().item(), diversity=x.std(0).mean().item() if len(x) > 1 else math.nan)
+    several = dict(diversity=x.std(0).mean().item()) if len(x) > 1 else {}     # one image has none
+    return dict(mean=x.mean().item(), std=x.std().item()) | several
 
 class Guard:
     """Nothing anchors a data-free run: log where its trajectories end, and end it when that makes no sense.
@@ -63,10 +63,10 @@ class Guard:
         if "ends" not in trainer.carried:                     # no trajectory has arrived yet
             return {}
         now, was, f = moments(all_gather(trainer.carried["ends"]).float()), self.was, self.drift
-        if not f or math.isnan(now["diversity"]):
+        if not f:
             return now
         sane = {"mean": (was["mean"] - f * was["std"], was["mean"] + f * was["std"])}
-        sane |= {k: (was[k] / f, was[k] * f) for k in ("std", "diversity")}
+        sane |= {k: (was[k] / f, was[k] * f) for k in ("std", "diversity") if k in now}
         for name, (low, high) in sane.items():
             if not low <= now[name] <= high:
                 sys.exit(f"error: at update {trainer.step} the trajectories end with a {name} of {now[name]:.3g}; "

@@ -27,7 +27,7 @@ from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from checkpoint import CheckpointError, file_hash, load_model as load_own
-from data import Images, check_space, locked, wait_for_first_rank
+from data import Images, check_space, locked, mapped, wait_for_first_rank
 from ddim import LDMDiscrete
 from model import Downsample, ResBlock, SelfAttention, Transformer, UNet, UNetConfig, Upsample, attend
 from runtime import autocast, memory_format, progress
@@ -467,16 +467,20 @@ def load_model(path, device="cpu", ema=True, name=None, size=None):
     name   which of MODELS it is: needed for files that are not ours; those know it
     size   side of the images in pixels, for an unconditional model's file that is to draw others than it was made for
 
-    The state of an LDM has its name as `ldm`, and the `autoencoder`'s tensors. Raises CheckpointError."""
-    path = Path(path)
+    The state of an LDM has its name as `ldm`, and the `autoencoder`'s tensors. Every state has its `files`, see
+    `model_hash`. Raises CheckpointError."""
+    path = Path(path).expanduser()
     if name and not path.exists():
         raise CheckpointError(f"error: no file or folder of LDM's at {path}")
+    files = files_of(path)
     content = read_file(path) if path.is_file() else None
     if path.is_dir() or isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         if name is None:
             raise CheckpointError(f"error: {path} is in the layout of LDM's files: say which model it is, with --ldm")
-        return _load_foreign(path, content, device, ema, name, size or MODELS[name].size)
+        net, state = _load_foreign(path, content, device, ema, name, size or MODELS[name].size)
+        return net, state | dict(files=files)
     net, state = load_own(path, device, ema)
+    state["files"] = files
     known = state.get("ldm")
     if name not in (None, known) or known not in (None, *MODELS):
         is_a = f"LDM's {known}" if known else "a model of train.py"
@@ -508,11 +512,20 @@ def ldm_flag(p):
     p.add_argument("--ldm", choices=MODELS,
                    help="--ckpt is this one of LDM's models: its file, a folder in diffusers' layout, or one of ours")
 
-def model_hash(path):
-    """Which model an image or a score came from: the hash of its file, or of a folder's files."""
-    if Path(path).is_dir():
-        return "+".join(file_hash(f) for f in weights_files(path).values())
-    return file_hash(path)
+def files_of(path):
+    """{file of a model: what changes if another takes its place}. Of one that is not there, nothing."""
+    files = weights_files(path).values() if path.is_dir() else [path] if path.exists() else []
+    return {file: (info.st_ino, info.st_size, info.st_mtime_ns) for file in files for info in [file.stat()]}
+
+def model_hash(state):
+    """Which model an image or a score came from: the hash of the files that `load_model` read it from.
+
+    Raises CheckpointError if others have taken their place since."""
+    hashes = [file_hash(file) for file in state["files"]]
+    for file, seen in state["files"].items():
+        if files_of(file).get(file) != seen:
+            raise CheckpointError(f"error: {file} has changed since it was read; the same command takes the new one")
+    return "+".join(hashes)
 
 # ---- a data set as latents ------------------------------------------------------------------------------------
 class Latents(Images):
@@ -533,7 +546,7 @@ class Latents(Images):
             with locked(self.folder, "encoding the data"):
                 if not path.exists():                         # another run may just have made it
                     self._encode(autoencoder_of(state, device), path, shape, device, dtype)
-        self.latents = np.memmap(path, np.float16, "r", shape=shape)
+        self.latents = mapped(path, np.float16, shape)
 
     def read(self, index, mirrored):
         """Latents number `index` (B,) as (B, C, h, w) float32; those in the mask `mirrored` of the mirrored image."""

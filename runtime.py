@@ -9,6 +9,8 @@ takes its own rows of it. So a run on eight ranks is the run on one, but for the
 import ctypes
 import os
 import platform
+import re
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -40,10 +42,17 @@ def pick_device(name="auto"):
             # That is torchrun's choice, however many cores there are; another number is the user's, and stays.
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
-    if "RANK" in os.environ and not dist.is_initialized():    # tensors on the CPU travel by gloo, on GPUs by NCCL
+    if "RANK" in os.environ and not dist.is_initialized():
+        _end_with_launcher()                                  # tensors on the CPU travel by gloo, on GPUs by NCCL
         dist.init_process_group("cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo",
                                 timeout=timedelta(minutes=30))
     return torch.device(name)
+
+def _end_with_launcher():
+    """Have Linux send this process SIGTERM when torchrun ends: if killed, it leaves its processes to themselves."""
+    if sys.platform == "linux":
+        set_death_signal = 1                                  # PR_SET_PDEATHSIG, from prctl.h
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
 
 def _keep_freed_memory():
     """Have glibc keep what PyTorch frees. It would give big blocks back to the system after each layer, and
@@ -138,6 +147,10 @@ def log_stderr(text):
 def launch(main):
     """Run a script's main. Under torchrun only rank 0 prints, and tells errors that all meet or that end a rank."""
     other, code = int(os.environ.get("RANK", 0)) > 0, 0
+    sys.argv[1:] = [re.sub(r"^(--[\w-]+=)?~(?=/)", lambda m: (m[1] or "") + os.path.expanduser("~"), arg)
+                    for arg in sys.argv[1:]]                  # of --out=~/runs the shell leaves it as it is
+    for stream in (sys.stdout, sys.stderr):                   # no name of a file, no Greek letter may end a run
+        stream.reconfigure(errors="backslashreplace")
     if other:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     try:
@@ -151,7 +164,14 @@ def launch(main):
         code = 1 if isinstance(told, str) else told
         if isinstance(told, str):
             print(told, file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped; all files are whole, and what was saved before is kept", file=sys.stderr)
+        code = 130
+        if ranks() == 1:
+            sys.exit(code)
     except RuntimeError as e:
+        if type(e).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            sys.exit(f"error: --compile does not work here ({' '.join(str(e).split())[:200]}); leave it out")
         lost = isinstance(e, dist.DistError) or any(sign in str(e) for sign in ("onnection", "imed out"))
         if ranks() == 1 or not lost:
             raise

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoint import whole_file
-from data import save_grid, to_pixels
+from checkpoint import claimed, whole_file
+from data import mapped, save_grid, to_pixels
 from ddim import Denoiser, ddim_sample, start_noise
-from flags import at_least, device_flags
+from flags import at_least, device_flags, seed
 from ldm import autoencoder_of, export, image_size, ldm_flag, load_model, model_hash
 from runtime import autocast, broadcast, launch, map_over_ranks, memory_format, pick_device, pick_dtype, progress, rank
 
@@ -56,10 +56,17 @@ class Sampler:
         return self.decode(self.draw(indices, steps))
 
     def draw(self, indices, steps):
-        """What the network draws for the images number `indices` (B, C, H, W): pixels or latents."""
+        """What the network draws for the images number `indices` (B, C, H, W): pixels or latents.
+
+        Exits if a value is not finite, which would become a black picture."""
         z = start_noise(self.seed, indices, self.shape).to(self.device, memory_format=memory_format(self.device))
         with autocast(self.device, self.dtype):
-            return ddim_sample(self.xhat, z, steps, self.labels(indices), self.w)
+            x = ddim_sample(self.xhat, z, steps, self.labels(indices), self.w)
+        good = x.isfinite().flatten(1).all(1).tolist()
+        if not all(good):
+            sys.exit(f"error: image {indices[good.index(False)]} at {steps} steps is not finite (NaN): the model is "
+                     f"broken{', or needs --dtype fp32' * (self.dtype == 'bf16')}")
+        return x
 
     @torch.no_grad()
     def decode(self, x):
@@ -96,23 +103,32 @@ class Samples:
         self.raw = Path(f"{path}.raw") if path.suffix == ".npz" else None
         note = Path(f"{path}.json") if self.raw else path / "settings.json"
         settings |= {"n": n} if self.raw else {}              # a folder may grow later, an npz can't
-        found = [f for f in (path, self.raw) if f.exists()] if self.raw else list(self._pngs().values())
+        found = list(self._pngs().values())
+        if self.raw:                                          # the lock makes an empty one
+            found = [f for f in (path, self.raw) if f.exists() and f.stat().st_size]
         noted = {}
         with contextlib.suppress(OSError, ValueError):
             noted = json.loads(note.read_text())
         others = [k for k in settings if noted.get(k) != settings[k]]
-        if found and not noted:
-            sys.exit(f"error: {path} holds images that sample.py did not write; choose another --save")
+        if (found or note.exists()) and "ckpt" not in noted:
+            sys.exit(f"error: {path} holds images, or {note.name}, that sample.py did not write; choose another --save")
         if found and others and not overwrite:
             sys.exit(f"error: {path} holds samples made with another {', '.join(others)}; "
                      f"choose another --save, or --overwrite them")
+        if not self.raw and max(self._pngs(), default=0) >= n and not overwrite:
+            sys.exit(f"error: {path} holds {len(found)} samples, more than -n {n}; --overwrite them, or ask for more")
         for file in found if overwrite else []:
             file.unlink()
         with whole_file(note) as tmp:                         # after the old files: it vouches for all that is there
             tmp.write_text(json.dumps(settings, indent=1))
 
     def _pngs(self):
-        return {int(f.stem): f for f in self.path.glob("*.png") if f.stem.isdigit()}
+        numbers = {f: int(f.stem) for f in self.path.glob("*.png") if f.stem.isdigit()}
+        return {i: f for f, i in numbers.items() if f.name == self._name(i)}
+
+    @staticmethod
+    def _name(i):
+        return f"{i:05d}.png"
 
     def missing(self):
         """The numbers of the images to draw, in order."""
@@ -132,7 +148,7 @@ class Samples:
             f.truncate(indices[0] * pixels[0].nbytes)         # half an image, where a run was killed
             f.write(pixels.tobytes())
         if indices[-1] == self.n - 1:
-            arrays = {"arr_0": np.memmap(self.raw, np.uint8, "r", shape=(self.n, *pixels.shape[1:]))}
+            arrays = {"arr_0": mapped(self.raw, np.uint8, (self.n, *pixels.shape[1:]))}
             if self.sampler.classes:
                 arrays["arr_1"] = self.sampler.labels(range(self.n)).cpu().numpy()
             with whole_file(self.path) as tmp, open(tmp, "wb") as f:
@@ -140,8 +156,17 @@ class Samples:
             self.raw.unlink()
 
     def _write_png(self, i, image):
-        with whole_file(self.path / f"{i:05d}.png") as tmp:
+        with whole_file(self.path / self._name(i)) as tmp:
             Image.fromarray(image).save(tmp, "PNG")
+
+@contextlib.contextmanager
+def saving(path):
+    """Hold the lock of what --save names: of a folder, or of the raw file that becomes an npz."""
+    raw = Path(f"{path}.raw") if path.suffix == ".npz" else None
+    with claimed(raw or path, folder=not raw):
+        yield
+        if raw and raw.exists() and not raw.stat().st_size:   # made by the lock alone
+            raw.unlink()
 
 def save_images(sampler, steps, n, batch, samples):
     """Draw those of n images that are missing, batch by batch, the ranks in turn. Ctrl-C leaves whole images.
@@ -169,7 +194,7 @@ def parse_args(argv=None):
     g.add_argument("--steps", type=at_least(1), nargs="+", default=[2, 4, 8, 64], metavar="N",
                    help="network evaluations per image, each a row of the grid (default: 2 4 8 64)")
     g.add_argument("-n", type=at_least(1), metavar="N", help="columns of the grid (default: 10), or images to --save")
-    g.add_argument("--seed", type=at_least(0), default=0, help="of the noise (default: 0)")
+    g.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
     g.add_argument("--class", dest="classes", nargs="+", metavar="C",
                    help="classes, by name or number, given to the images in turn (default: all of them)")
     g.add_argument("--guidance", type=float, default=1.0, metavar="W",
@@ -235,11 +260,12 @@ def main(argv=None):
         if rank() == 0:
             export(sampler.xhat.net, state, path)
     elif args.save:
-        settings = dict(ckpt=model_hash(args.ckpt[0]), steps=args.steps[0], seed=args.seed, classes=sampler.classes,
+        settings = dict(ckpt=model_hash(state), steps=args.steps[0], seed=args.seed, classes=sampler.classes,
                         guidance=args.guidance, weights="raw" if args.raw else "ema", dtype=dtype)
         settings |= {"size": image_size(state)} if "ldm" in state else {}          # the others have only one
-        samples = None if rank() else Samples(path, args.n, sampler, settings, args.overwrite)
-        save_images(sampler, args.steps[0], args.n, args.batch, samples)
+        with saving(path) if rank() == 0 else contextlib.nullcontext():
+            samples = None if rank() else Samples(path, args.n, sampler, settings, args.overwrite)
+            save_images(sampler, args.steps[0], args.n, args.batch, samples)
     else:
         path = path if path.suffix == ".png" else path / "grid.png"
         draw_grid(samplers, args.steps, args.n or 10, path)

@@ -23,12 +23,13 @@ Relatives: shortcut models (Frans et al. 2024), whose loss this is, but for the 
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import Images
+from data import Images, mapped
 from ddim import ddim_target, to_x
 from runtime import broadcast, local_rows, log_stderr, map_over_ranks, progress, rank
 
@@ -132,12 +133,12 @@ class OwnSamples(Images):
         digest = hashlib.sha256(json.dumps([settings, n, steps]).encode()).hexdigest()[:12]
         path, shape = Path(out) / f"pool-{digest}.f16", (n, *sampler.shape)
         for other in [] if rank() else Path(out).glob("pool-*"):
-            if other.stem != path.stem:                       # what a run that was overwritten drew
-                other.unlink()
+            if re.fullmatch(r"pool-[0-9a-f]{12}\.(f16|part)", other.name) and other.stem != path.stem:
+                other.unlink()                                # what a run that was overwritten drew
         if not broadcast(path.exists()):
             self._draw(path, shape, sampler, steps, batch)
         broadcast(None)                                       # rank 0 has written all of it
-        self.samples, labels = np.memmap(path, np.float16, "r", shape=shape), sampler.labels(range(n))
+        self.samples, labels = mapped(path, np.float16, shape), sampler.labels(range(n))
         self.labels = np.zeros(n, int) if labels is None else labels.cpu().numpy()
 
     def __len__(self):

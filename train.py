@@ -23,7 +23,7 @@ from flags import at_least, fraction, optimiser_flags, out_flags, parse_with_sav
 from model import CONFIGS, UNet, UNetConfig, param_count
 from runtime import describe_device, launch, memory_format, pick_device, pick_dtype, rank
 from shortcut import train_shortcut
-from trainer import Trainer, batches, check_out, prepare_out
+from trainer import Trainer, batches, check_out, data_of_run, prepare_out
 
 # A preset only changes the defaults of flags. Updates, learning rate and size of the three LSUN and CelebA
 # runs are the paper's (section 5.2); it is silent about batch, model, warm-up and EMA: those are ours.
@@ -124,7 +124,10 @@ def parse_args(argv=None):
     g = p.add_argument_group("rarely changed")
     g.add_argument("--sample-steps", type=at_least(1), metavar="S", help="DDIM steps of the pictures")
     run_flags(g)
-    args, changed = parse_with_saved(p, argv, lambda given: PRESETS[given.preset] | dict(out="out/train"))
+    args, changed = parse_with_saved(p, argv, lambda given: PRESETS[given.preset] | dict(
+        out="out/train", lr_share=0.01 if given.shortcut else 1.0))       # better for jumps at every step count
+    if "preset" in changed:
+        p.error("--resume goes on with the settings of its own --preset")
     if changed - {"updates"}:
         print(f"resuming with another {', '.join(sorted(changed))}: "
               f"no longer the same as a run that was never interrupted")
@@ -132,8 +135,6 @@ def parse_args(argv=None):
         p.error("--distill must be between 0 and 1: it is b in Equation 1")
     if args.shortcut and not 0 < args.distill < 0.5:
         p.error("--shortcut needs a share of the rows that jump, below a half: --distill 0.25")
-    if args.shortcut and args.lr_end is None:
-        args.lr_end = args.lr / 100                           # better at every step count than one that stays
     if args.guidance != 1 and not (args.shortcut and args.classes):
         p.error("--guidance is for --shortcut with --classes; other models are guided by sample.py")
     if getattr(args, "needs_data", False) and args.data is None:
@@ -160,6 +161,8 @@ def main(argv=None):
     images = load_data(args.data, args.size, args.crop, args.cache)
     if args.classes and not images.classes:
         sys.exit(f"error: --classes needs labels, and {args.data} has none (sub-folders name the classes)")
+    if args.classes and state:
+        images.number_as(state["classes"])
     classes = list(images.classes) if args.classes else []
     hooks = [(args.sample_every, sample_picture)]
     if args.fid_every:
@@ -167,7 +170,7 @@ def main(argv=None):
         hooks.append((args.fid_every, scorer(args, images, device, [args.sample_steps])))
     torch.manual_seed(args.seed)
     model_info = dict(schedule="cosine", predicts="v", shape=[3, args.size, args.size], classes=classes,
-                      guidance=args.guidance)
+                      guidance=args.guidance, data=data_of_run(images, state))
     net = UNet(replace(config, classes=len(classes), step_length=args.shortcut))
     trainer = Trainer(args, net, device, model_info, hooks)
     if state:

@@ -17,6 +17,7 @@ import copy
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -28,9 +29,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import load_checkpoint, save_checkpoint, whole_file
+from checkpoint import claimed, load_checkpoint, save_checkpoint, whole_file
 from ddim import SCHEDULES, Denoiser
-from runtime import all_gather, autocast, local_rows, memory_format, progress, rank, ranks, sum_over_ranks
+from runtime import all_gather, autocast, broadcast, local_rows, memory_format, progress, rank, ranks, sum_over_ranks
 
 LABEL_DROPOUT = 0.1       # how often a label gives way to the null class
 
@@ -56,7 +57,7 @@ class Trainer:
         self.schedule = SCHEDULES[model_info["schedule"]]()
         self.step, self.hooks, self.watch = 0, hooks, None
         self.extra_state, self.averages, self.carried, self.resumed = {}, {}, {}, None
-        self.compiled, self.values, self.pending = {}, [], []
+        self.compiled, self.values, self.pending, self.interruptible = {}, [], [], False
         self.random = torch.Generator(device).manual_seed(args.seed)     # alike on all ranks, see `rand`
         torch.manual_seed(args.seed + rank())                            # for dropout, the only other user of chance
         self.chance = torch.cuda if device.type == "cuda" else torch
@@ -144,18 +145,20 @@ class Trainer:
         except where a value is logged. A loss or gradient that is not finite ends the run with the last good checkpoint
         in place, Ctrl-C or SIGTERM with a fresh one: at once, or on several ranks at the next line of the log."""
         a, since, stop = self.args, time.perf_counter(), False
-        due = lambda n: n and (self.step % n == 0 or self.step == a.updates)  # noqa: E731
         log_file = os.devnull if rank() or not self.out else self.out / "log.jsonl"
-        signals = catch_signals() if self.out else contextlib.nullcontext(())    # without files nothing can be saved
-        with (signals as stopped, open(log_file, "a") as log,
+        signals = catch_signals(self) if self.out else contextlib.nullcontext(())    # without files nothing is saved
+        lock = contextlib.nullcontext() if rank() or not self.out else claimed(self.out)
+        with (signals as stopped, lock, open(log_file, "a") as log,
               progress(total=a.updates, initial=self.step, unit="update") as bar):
+            if self.resumed and broadcast(not hooks_are_done(self.resumed, self.out)):
+                self._call_hooks(log)                         # a run that was killed while they worked lost them
             while self.step < a.updates and not stop:
                 lr = learning_rate(a, self.step)
                 yield self.step                               # here the loop's body runs
                 self.step += 1
                 bar.update()
                 stop = ranks() == 1 and bool(stopped)
-                if due(a.log_every) or due(a.save_every) or stop:
+                if self._due(a.log_every) or self._due(a.save_every) or stop:
                     count, (means, stop) = len(self.pending), self._means(bool(stopped), bar)
                     now = time.perf_counter()
                     entry = {"step": self.step} | means | (self.watch(self) if self.watch else {})
@@ -165,17 +168,43 @@ class Trainer:
                     bar.set_postfix(shown | {"img/s": entry["images_per_s"]})
                     since = now
                 paused = time.perf_counter()
-                if self.out and (due(a.save_every) or stop):
+                if self.out and (self._due(a.save_every) or stop):
                     self.save()
-                for n, hook in self.hooks if not stop or self.step == a.updates else ():
-                    for entry in (due(n) and hook(self)) or []:
-                        print(json.dumps({"step": self.step} | entry), file=log, flush=True)
+                if not stop or self.step == a.updates:
+                    self._call_hooks(log)
                 since += time.perf_counter() - paused         # neither is training: keep them out of images/s
         if self.step < a.updates:
-            again = "torchrun …" if ranks() > 1 else "python"
             print(f"stopped at update {self.step} of {a.updates}; saved {self.ckpt}. Go on with: "
-                  f"{again} {Path(sys.argv[0]).name} --resume --out {self.out}")
+                  f"{self._how_to_resume()}")
             sys.exit(130)
+
+    def _due(self, n):
+        """Whether what happens every n updates, and after the last, happens now. n = 0: never."""
+        return n and (self.step % n == 0 or self.step == self.args.updates)
+
+    def _call_hooks(self, log):
+        """The pictures and scores that are due, and a line in the log that says they are all made.
+
+        Ctrl-C ends them at once, and the run: --resume makes them."""
+        due = [hook for n, hook in self.hooks if self._due(n)]
+        try:
+            self.interruptible = True
+            for hook in due:
+                for entry in hook(self) or []:
+                    print(json.dumps({"step": self.step} | entry), file=log, flush=True)
+        except KeyboardInterrupt:
+            self.save()
+            print(f"stopped at the pictures and scores of update {self.step}; saved {self.ckpt}. To make them: "
+                  f"{self._how_to_resume()}")
+            sys.exit(130)
+        finally:
+            self.interruptible = False
+        if due or self.step == self.args.updates:
+            print(json.dumps({"step": self.step, "hooks": len(due)}), file=log, flush=True)
+
+    def _how_to_resume(self):
+        again = "torchrun …" if ranks() > 1 else "python"
+        return f"{again} {Path(sys.argv[0]).name} --resume --out {self.out}"
 
     def _means(self, stopped, bar):
         """({name: mean of the updates since the last call}, whether any rank was stopped), over all ranks.
@@ -237,17 +266,28 @@ class Trainer:
                   f"gradients are summed in another order, and --dropout draws other masks: no longer bit for bit")
 
 def learning_rate(args, step):
-    """Linear warm-up to --lr, then constant; with --lr-end half a cosine from --lr to there (section 5, Table 3)."""
+    """Linear warm-up to --lr, then half a cosine from there to `final_rate` (section 5, Table 3)."""
     warm = min(1, (step + 1) / max(1, args.warmup))
-    if args.lr_end is None:
-        return args.lr * warm
     gone = max(0, step - args.warmup) / max(1, args.updates - 1 - args.warmup)
-    return warm * (args.lr_end + (args.lr - args.lr_end) * (1 + math.cos(math.pi * min(1, gone))) / 2)
+    end = final_rate(args)
+    return warm * (end + (args.lr - end) * (1 + math.cos(math.pi * min(1, gone))) / 2)
+
+def final_rate(args):
+    """Where the learning rate ends: --lr-end, or else the share `lr_share` of --lr, so that it follows another --lr."""
+    return args.lr * args.lr_share if args.lr_end is None else args.lr_end
 
 @torch.no_grad()
 def update_ema(average, net, decay):
     """One step of a running average of weights: decay · average + (1 − decay) · net. decay 0 copies the weights."""
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+
+def data_of_run(images, state):
+    """What a checkpoint says of the data it learns from; tells if that is not what the run had until now."""
+    now, was = dict(images=len(images), digest=images.digest()), (state or {}).get("data")
+    if was not in (None, now):
+        print(f"the data is not what it was: {was['images']:,} images then, {now['images']:,} now, or others; "
+              f"no longer the same as a run that was never interrupted")
+    return now
 
 def batches(images, args, start, device):
     """Yield this rank's rows of batch `start`, `start` + 1 … as (x, y) on the device; a thread reads one ahead."""
@@ -263,7 +303,21 @@ def batches(images, args, start, device):
             yield x.to(device, non_blocking=True, memory_format=memory_format(device)), y.to(device, non_blocking=True)
 
 # ---- the folder of a run ------------------------------------------------------------------------------
-RUN_FILES = "ckpt.pt", "log.jsonl", "samples-*.png"
+RUN_FILES = re.compile(r"(ckpt\.pt|log\.jsonl|samples-\d{6,}\.png)(\.\d+\.tmp)?")
+
+def files_of_run(out):
+    """What this project wrote into the folder of a run, by its exact names: nothing else is ever deleted."""
+    return [f for f in (out.iterdir() if out.is_dir() else ()) if RUN_FILES.fullmatch(f.name)]
+
+def read_log(out):
+    """The lines of a run's log that are whole, as dicts."""
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+def hooks_are_done(state, out):
+    """Whether the pictures and scores that were due at a checkpoint's update were made: a killed run may lack them."""
+    return any("hooks" in entry and entry["step"] == state["step"] for entry in read_log(out))
 
 def what_is_kept(trainer):
     """The end of a message: what is left of a run that has to end."""
@@ -271,15 +325,16 @@ def what_is_kept(trainer):
     return f"{trainer.ckpt} holds the last good checkpoint" if kept else "there is no checkpoint yet"
 
 @contextlib.contextmanager
-def catch_signals():
-    """A list that is empty until Ctrl-C or SIGTERM arrives; a second Ctrl-C interrupts at once.
+def catch_signals(trainer):
+    """A list that is empty until Ctrl-C or SIGTERM arrives; a second Ctrl-C, or one in a hook, interrupts at once.
 
     Not under torchrun: it passes on what the terminal sends as well, and ends a process that takes over 30 seconds."""
     stopped = []
     def handler(number, frame):
-        if stopped and ranks() == 1:
+        if (stopped or trainer.interruptible) and ranks() == 1:
             raise KeyboardInterrupt
         stopped.append(number)
+        print("\nstopping after this update; Ctrl-C again: at once", file=sys.stderr)
     old = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stopped
@@ -299,27 +354,34 @@ def check_out(args, more="--updates N asks for more"):
         sys.exit("error: --compile reduce-overhead is for a single process without --accumulate: its graphs keep "
                  "gradients in place; --compile default takes both")
     if args.resume:
-        state = load_checkpoint(out / "ckpt.pt")
-        if state["step"] >= args.updates:
+        with claimed(out) if out.exists() and not rank() else contextlib.nullcontext():
+            state = load_checkpoint(out / "ckpt.pt")
+        if state["step"] >= args.updates and hooks_are_done(state, out):
             sys.exit(f"{out} is finished ({state['step']} updates); {more}")
         return state
-    if rank():                                                # rank 0 looks: it may have begun to write by now
+    if rank() or not out.exists():                            # rank 0 looks: it may have begun to write by now
         return None
-    if any(f for pattern in RUN_FILES for f in out.glob(pattern)) and not args.overwrite:
-        sys.exit(f"error: {out} holds a run already: --resume goes on, --overwrite deletes it, --out takes another")
+    with claimed(out):
+        if (out / "ckpt.pt").exists() and not args.overwrite:
+            sys.exit(f"error: {out} holds a run already: --resume goes on, --overwrite deletes it, --out takes another")
     return None
 
 def prepare_out(args, state):
     """Make OUT ready for the first update: an old run goes, after all checks, lest a typing error delete it.
 
-    With the state of a checkpoint: what a killed run logged after it goes, as those updates will be made again."""
+    With the state of a checkpoint: what a killed run logged after it goes, as that will be done again."""
     if rank():
         return
-    out, log = Path(args.out), Path(args.out) / "log.jsonl"
-    out.mkdir(parents=True, exist_ok=True)
-    for f in [f for pattern in RUN_FILES for f in out.glob(pattern) if not state]:
-        f.unlink()
-    if log.exists():
-        whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        with whole_file(log) as tmp:
-            tmp.write_text("".join(line for line in whole if json.loads(line)["step"] <= state["step"]))
+    out = Path(args.out)
+    with claimed(out):
+        if not state:
+            for f in files_of_run(out):
+                f.unlink()
+            return
+        for f in files_of_run(out):                           # what it was writing when it was killed
+            if f.suffix == ".tmp":
+                f.unlink()
+        step, done = state["step"], hooks_are_done(state, out)
+        kept = [e for e in read_log(out) if e["step"] < step or (e["step"] == step and (done or "loss" in e))]
+        with whole_file(out / "log.jsonl") as tmp:
+            tmp.write_text("".join(json.dumps(entry) + "\n" for entry in kept))

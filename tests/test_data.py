@@ -163,8 +163,8 @@ def test_a_stray_image_beside_the_class_folders_means_no_labels(tmp_path, cache)
 @pytest.mark.parametrize("make,message", [
     (lambda p: p / "nowhere", "no such file or folder"),
     (lambda p: write(p / "empty", {"notes.txt": b"x"}), "no images in"),
-    (lambda p: write(p, {"x.zip": b"PK no zip at all"}) / "x.zip", "is no zip file"),
-    (lambda p: write(p, {"x.png": png(photo(0))}) / "x.png", "is no zip file"),
+    (lambda p: write(p, {"x.zip": b"PK no zip at all"}) / "x.zip", "neither a folder"),
+    (lambda p: write(p, {"x.png": png(photo(0))}) / "x.png", "neither a folder"),
     (lambda p: write(p / "bad", {"a.png": b"", "b.jpg": b"junk"}), "none of the 2 images could be read"),
 ])
 def test_unusable_sources_are_one_line_errors(tmp_path, cache, make, message):

@@ -19,6 +19,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import log_of
 from PIL import Image
 from torch.testing import assert_close
 
@@ -450,7 +451,7 @@ def test_a_distilled_ldm_is_scored_and_exported(small):
     fid.main(["--ckpt", str(ckpt), "--steps", "2", *scores, "--out", str(small / "fid")])
     (card,) = json.loads((small / "fid" / "table.json").read_text())["out"]
     assert card["real"]["prepared"] == "crop square, PIL bicubic to 16x16"
-    logged = [json.loads(line) for line in (small / "out" / "log.jsonl").read_text().splitlines()]
+    logged = log_of(small / "out")
     (same,) = [e for e in logged if e.get("fake", {}).get("steps") == 2]
     assert same["rFID (random features)"] == pytest.approx(card["scores"]["rFID (random features)"], rel=0.02)
     script.main(["--ckpt", str(ckpt), "--export", str(small / "hf"), *CPU])
@@ -480,10 +481,10 @@ def test_a_stopped_distillation_goes_on_bit_for_bit(small, monkeypatch):
 
 def test_the_defaults_are_table_3s():
     get = lambda *flags: vars(distill.parse_args(["--ckpt", "model.ckpt", *flags]))  # noqa: E731
-    want = dict(updates=4000, lr=1e-6, lr_end=1e-7, betas=[0.9, 0.98], ema=0.995, clip=1.0, steps=64)
+    want = dict(updates=4000, lr=1e-6, lr_share=0.1, betas=[0.9, 0.98], ema=0.995, clip=1.0, steps=64)
     for name in ("celebahq256", "bedroom256"):
         assert want.items() <= get("--ldm", name).items()
-    want |= dict(updates=5000, lr=1e-7, lr_end=1e-7 / 10, betas=[0.99, 0.999], ema=0.9995, guidance=[1.0, 3.0])
+    want |= dict(updates=5000, lr=1e-7, betas=[0.99, 0.999], ema=0.9995, guidance=[1.0, 3.0])
     assert want.items() <= get("--ldm", "imagenet256", "--schedule", "dsdn").items()
     assert get("--ldm", "imagenet256", "--updates", "7")["updates"] == 7
 

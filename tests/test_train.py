@@ -80,7 +80,7 @@ def test_classes_of_the_data_become_classes_of_the_model(small_run, tmp_path, mo
     (["--dropout", "1"], "dropout = 1.0 must be"),
     (["--attention", "4"], "2 levels"),
     (["--clip", "0"], "argument --clip: 0 is not a positive number"),
-    (["--seed", "-1"], "argument --seed: -1 is not a number from 0 on"),
+    (["--seed", "-1"], "argument --seed: -1 is not a number from 0"),
     (["--size", "9"], "--size 9 must be divisible by 2"),
     (["--channels", "12"], "multiple of groups"),
     (["--device", "cuda:99"], "--device cuda:99 can't be used"),

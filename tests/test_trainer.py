@@ -88,7 +88,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient_and_its_means():
     assert_close(*logged)
 
 def test_the_rate_warms_up_and_falls_along_half_a_cosine():
-    args = types.SimpleNamespace(updates=30, lr=1.0, lr_end=0.1, warmup=4)
+    args = types.SimpleNamespace(updates=30, lr=1.0, lr_end=0.1, lr_share=1.0, warmup=4)
     rates = [trainer.learning_rate(args, i) for i in range(30)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1] and rates[4] == pytest.approx(1) and rates[-1] == pytest.approx(0.1)
     middle = 4 + 12.5                                         # half way from the warm-up's end to the last update

@@ -1,0 +1,415 @@
+"""What goes wrong around the project: full disks, second processes, replaced files, odd names, damaged data.
+
+With the real thing where it can be had: a process of its own that is killed, limited or run without a home.
+"""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import weakref
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL_RUN, labelled_images, log_of, start
+from PIL import Image
+
+import data
+import distill
+import fid
+import hooks
+import sample
+import train
+from checkpoint import claimed, load_checkpoint, save_checkpoint
+from data import DataError, load_data
+from ldm import load_model, model_hash
+
+CPU = ["--device", "cpu", "--dtype", "fp32"]
+QUICK = ["--weights", "random", "-n", "4", "--steps", "2", *CPU]
+
+@pytest.fixture
+def ckpt(small_run, tmp_path):
+    train.main([*small_run, "--updates", "2"])
+    return tmp_path / "out" / "ckpt.pt"
+
+def exits(message):
+    return pytest.raises(SystemExit, match=message)
+
+# ---- full disks -----------------------------------------------------------------------------------------
+def limited(size):
+    """For a process: no file may grow beyond so many bytes, as on a disk that is full."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+@pytest.mark.parametrize("size", [30_000, 200_000])
+def test_no_room_for_a_checkpoint(small_run, tmp_path, size):
+    child = start("train.py", *small_run, "--updates", "5", preexec_fn=limited(size))
+    output = child.communicate(timeout=120)[0]
+    assert child.returncode == 1 and "Traceback" not in output
+    assert f"error: can't write {tmp_path}/out/ckpt.pt" in output
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["log.jsonl"]
+
+def test_no_room_for_statistics_costs_no_score(tmp_path):
+    labelled_images(tmp_path / "a", 4)
+    child = start("fid.py", tmp_path / "a", tmp_path / "a", "--weights", "random", "--save", tmp_path / "s.npz", *CPU,
+                  preexec_fn=limited(100_000))
+    output = child.communicate(timeout=120)[0]
+    assert "rFID (random features): " in output and f"error: can't write {tmp_path}/s.npz (File too large)" in output
+    assert not list(tmp_path.glob("s.npz*"))
+
+# ---- second processes -----------------------------------------------------------------------------------
+def test_two_runs_never_share_a_folder(small_run, ckpt, tmp_path):
+    before = ckpt.read_bytes()
+    with claimed(tmp_path / "out"):
+        for flags in (["--overwrite", "--updates", "3"], ["--resume", "--updates", "3"], ["--updates", "3"]):
+            child = start("train.py", *small_run, *flags)
+            assert "error: another process is writing into" in child.communicate(timeout=120)[0]
+            assert child.returncode == 1
+        with exits("another process is writing"):
+            fid.main(["--ckpt", str(ckpt), *QUICK, "--out", str(tmp_path / "out")])
+    assert ckpt.read_bytes() == before
+
+@pytest.mark.parametrize("name", ["x.npz", "folder"])
+def test_two_savers_never_share_a_target(ckpt, tmp_path, name):
+    flags = ["--ckpt", str(ckpt), "--steps", "1", "--batch", "8", *CPU]
+    first = start("sample.py", *flags, "-n", "4000", "--save", tmp_path / name)
+    while not (tmp_path / f"{name}.raw").exists() and not (tmp_path / name).exists():
+        assert first.poll() is None, first.stdout.read()
+        time.sleep(0.02)
+    with exits("another process is writing"):
+        sample.main([*flags, "-n", "4000", "--save", str(tmp_path / name)])
+    first.kill()
+    first.communicate()
+    sample.main([*flags, "-n", "40", "--save", str(tmp_path / "ok.npz")])
+    assert sorted(f.name for f in tmp_path.glob("ok.npz*")) == ["ok.npz", "ok.npz.json"]
+    sample.main([*flags, "-n", "40", "--save", str(tmp_path / "ok.npz")])      # nothing to do, and nothing left behind
+    assert sorted(f.name for f in tmp_path.glob("ok.npz*")) == ["ok.npz", "ok.npz.json"]
+
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="asks Linux who is still there")
+def test_ranks_end_when_their_launcher_is_killed(small_run, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    child = subprocess.Popen([*launcher, str(ROOT / "train.py"), *small_run, "--updates", "100000"],
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, deadline = tmp_path / "out" / "log.jsonl", time.time() + 120
+    while not (log.exists() and log.read_text().count("\n") > 3):
+        assert child.poll() is None and time.time() < deadline
+        time.sleep(0.1)
+    child.kill()
+    child.wait()
+    def alive():
+        pids = [p for p in os.listdir("/proc") if p.isdigit()]
+        with contextlib.suppress(OSError):
+            return [p for p in pids if str(tmp_path).encode() in open(f"/proc/{p}/cmdline", "rb").read()]
+        return ["?"]
+    while alive():
+        assert time.time() < deadline, alive()
+        time.sleep(0.2)
+
+# ---- replaced files ---------------------------------------------------------------------------------------
+def test_a_score_belongs_to_the_weights_that_were_read(ckpt, small_run, tmp_path, monkeypatch):
+    """The checkpoint is replaced while fid.py waits for its data."""
+    was = model_hash(load_model(ckpt)[1])
+    def slow(*args):
+        state = load_checkpoint(ckpt)
+        save_checkpoint(ckpt, {k: v for k, v in state.items()} | dict(step=9))
+        return load_data(*args)
+    monkeypatch.setattr(fid, "load_data", slow)
+    fid.main(["--ckpt", str(ckpt), *QUICK, "--out", str(tmp_path / "fid"), "--cache", str(tmp_path / "cache")])
+    (score,) = (tmp_path / "out" / "scores").iterdir()
+    assert json.loads(score.read_text())["fake"]["hash"] == was != model_hash(load_model(ckpt)[1])
+
+def test_a_file_that_changed_since_it_was_read_has_no_hash(ckpt):
+    _, state = load_model(ckpt)
+    save_checkpoint(ckpt, load_checkpoint(ckpt))
+    with exits("has changed since it was read"):
+        model_hash(state)
+
+# ---- data that changed --------------------------------------------------------------------------------------
+def test_classes_are_numbered_as_people_count(tmp_path):
+    names = ["0", "1", "2", "10", "11", "b", "n010", "n9"]
+    labelled_images(tmp_path / "d", 16, classes=names)
+    images = load_data(tmp_path / "d", 8, None, tmp_path / "cache")
+    assert images.classes == ["0", "1", "2", "10", "11", "b", "n9", "n010"]
+
+def test_labels_keep_the_meaning_that_a_model_gave_them(tmp_path):
+    labelled_images(tmp_path / "d", 6, classes=["a", "b", "c"])
+    images = load_data(tmp_path / "d", 8, None, tmp_path / "cache")
+    names = [images.classes[i] for i in images.labels]
+    images.number_as(["c", "a", "b"])
+    assert [images.classes[i] for i in images.labels] == names and images.classes == ["c", "a", "b"]
+    with pytest.raises(DataError, match="classes are not those of the data, which differ in: c, d"):
+        images.number_as(["a", "b", "d"])
+
+def test_resuming_on_other_data_is_told_and_on_other_classes_refused(small_run, tmp_path, capsys):
+    train.main([*small_run, "--classes", "--updates", "2"])
+    resume = ["--resume", "--out", str(tmp_path / "out")]
+    train.main([*resume, "--updates", "3"])
+    assert "not what it was" not in capsys.readouterr().out
+    Image.new("RGB", (8, 8)).save(tmp_path / "data" / "a" / "more.png")
+    train.main([*resume, "--updates", "4"])
+    assert "the data is not what it was: 10 images then, 11 now" in capsys.readouterr().out
+    (tmp_path / "data" / "b").rename(tmp_path / "data" / "c")
+    with exits("classes are not those of the data, which differ in: b, c"):
+        train.main([*resume, "--updates", "5"])
+    with exits("classes are not those of the data"):
+        distill.main(["--ckpt", str(tmp_path / "out" / "ckpt.pt"), "--schedule", "pd", "--out", str(tmp_path / "pd"),
+                      "--cache", str(tmp_path / "cache"), *CPU])
+
+# ---- settings ------------------------------------------------------------------------------------------------
+def test_what_follows_from_a_setting_follows_the_new_one(ckpt, tmp_path):
+    out = ["--out", str(tmp_path / "d")]
+    distill.main(["--ckpt", str(ckpt), "--steps", "4", "--updates", "2", "--lr", "1e-4", *out, *CPU])
+    args = distill.parse_args(["--resume", *out])
+    assert distill.final_rate(args) == pytest.approx(1e-5)
+    assert distill.final_rate(distill.parse_args(["--resume", "--lr", "2e-3", *out])) == pytest.approx(2e-4)
+    assert distill.final_rate(distill.parse_args(["--resume", "--lr-end", "7e-6", *out])) == pytest.approx(7e-6)
+
+def test_a_preset_is_not_changed_on_the_way(ckpt, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "--preset", "celeba64", "--out", str(tmp_path / "out")])
+    assert "--resume goes on with the settings of its own --preset" in capsys.readouterr().err
+
+def test_a_run_goes_on_from_another_folder(tmp_path, monkeypatch):
+    labelled_images(tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path)
+    train.main([*SMALL_RUN, "--data", "pictures", "--cache", str(tmp_path / "c"), "--out", "run", "--updates", "2"])
+    monkeypatch.chdir("/")
+    train.main(["--resume", "--out", str(tmp_path / "run"), "--updates", "3"])
+    assert load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == 3
+
+# ---- damaged and odd data ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("cut", [-1, 1])
+def test_a_mapped_file_of_the_wrong_length_is_refused(tmp_path, cut):
+    path = tmp_path / "x.f16"
+    path.write_bytes(bytes(24 + cut))
+    with pytest.raises(DataError, match=f"is damaged .{24 + cut} bytes, not 24.; delete it"):
+        data.mapped(path, np.float16, (2, 2, 3))
+
+def an_lmdb(path, n=300):
+    lmdb = pytest.importorskip("lmdb")
+    labelled_images(path / "src", n, size=(40, 40))
+    with lmdb.open(str(path / "x_lmdb"), map_size=1 << 28) as env, env.begin(write=True) as txn:
+        for f in sorted((path / "src").rglob("*.png")):
+            txn.put(f.stem.zfill(40).encode(), f.read_bytes())
+    return path / "x_lmdb" / "data.mdb"
+
+@pytest.mark.parametrize("damage,message", [
+    (lambda b: b[:len(b) // 2], r"is cut off: [\d,]+ of [\d,]+ bytes"),
+    (lambda b: b[:len(b) // 2] + bytes(len(b) - len(b) // 2), r"is damaged: it can't be read beyond image \d"),
+])
+def test_a_damaged_lmdb_is_one_line(tmp_path, damage, message):
+    file = an_lmdb(tmp_path)
+    file.write_bytes(damage(file.read_bytes()))
+    child = start("train.py", *SMALL_RUN, "--data", file.parent, "--cache", tmp_path / "c", "--out", tmp_path / "out")
+    output = child.communicate(timeout=120)[0]
+    assert child.returncode == 1 and "Traceback" not in output
+    assert re.search(rf"error: {re.escape(str(tmp_path))}.* {message}", output), output
+
+@pytest.mark.parametrize("encoding", ["ascii:strict", "cp1252:strict", "utf-8:strict"])
+def test_names_that_cant_be_printed(tmp_path, encoding):
+    labelled_images(tmp_path / "data")
+    (tmp_path / "data" / "a" / os.fsdecode(b"d\xe9.jpg")).write_bytes(b"")
+    env = os.environ | dict(PYTHONIOENCODING=encoding)
+    flags = [*SMALL_RUN, "--data", tmp_path / "data", "--cache", tmp_path / "c", "--updates", "2"]
+    for run in ("first", "from the cache"):
+        child = start("train.py", *flags, "--out", tmp_path / run, env=env, errors="replace")
+        assert "done: " in child.communicate(timeout=120)[0]
+    for script in ("train.py", "distill.py", "sample.py", "fid.py"):
+        child = start(script, "--help", env=env, errors="replace")
+        assert "usage: " in child.communicate(timeout=120)[0] and child.returncode == 0
+
+def test_samples_that_are_not_finite_are_no_pictures(ckpt, tmp_path):
+    state = load_checkpoint(ckpt)
+    save_checkpoint(ckpt, state | dict(ema={k: v * float("nan") for k, v in state["ema"].items()}))
+    for flags in (["--steps", "3", "-n", "2", "--save", str(tmp_path / "p")], ["--steps", "3"]):
+        with exits("error: image 0 at 3 steps is not finite"):
+            sample.main(["--ckpt", str(ckpt), *flags, *CPU])
+    with exits("error: image 0 at 2 steps is not finite"):
+        fid.main(["--ckpt", str(ckpt), *QUICK, "--out", str(tmp_path / "f"), "--cache", str(tmp_path / "cache")])
+    with pytest.raises(DataError, match="image 1 of 2 is not finite"):
+        data.to_pixels(torch.tensor([0.0, float("inf")])[:, None, None, None].expand(2, 3, 4, 4))
+
+def test_pixels_of_unknown_range_are_named_and_16_bits_are_scaled(tmp_path, capsys):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    shade = np.full((8, 8), 100)
+    Image.fromarray(np.uint8(shade)).save(folder / "0.png")
+    Image.fromarray(np.uint16(shade * 257)).save(folder / "1.png")
+    Image.fromarray(np.uint16(shade * 257)).save(folder / "2.tif")
+    Image.fromarray(np.float32(shade / 255)).save(folder / "3.tif")
+    Image.fromarray(np.int32(shade)).save(folder / "4.tif")
+    images = load_data(folder, 8, None, tmp_path / "c")
+    assert images.pixels.shape == (3, 8, 8, 3) and (images.pixels == 100).all()
+    error = capsys.readouterr().err
+    assert "skipped 2 of 5 images" in error and "3.tif (ValueError: 32 bits a pixel (mode F), of unknown range" in error
+    source = data.open_source(folder)
+    assert (fid.decode_stored(source, list(source.items(0, None))[1]) == 100).all()
+    with pytest.raises(DataError, match="3.tif in .* can't be read .ValueError: 32 bits"):
+        fid.decode_stored(source, list(source.items(0, None))[3])
+
+def test_a_message_names_the_file_and_not_the_object(tmp_path, capsys):
+    labelled_images(tmp_path / "d")
+    (tmp_path / "d" / "a" / "broken.png").write_bytes(b"no picture")
+    load_data(tmp_path / "d", 8, None, tmp_path / "c")
+    error = capsys.readouterr().err
+    assert "a/broken.png (UnidentifiedImageError: cannot identify image file)" in error
+
+def test_a_zip_with_backslashes_has_labels(tmp_path):
+    labelled_images(tmp_path / "d")
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as z:
+        for f in (tmp_path / "d").rglob("*.png"):
+            info = zipfile.ZipInfo("x")
+            info.filename = str(f.relative_to(tmp_path / "d")).replace("/", "\\")      # ZipInfo() itself would turn it
+            z.writestr(info, f.read_bytes())
+    images = load_data(tmp_path / "d.zip", 8, None, tmp_path / "c")
+    assert images.classes == ["a", "b"] and len(images) == 10
+
+# ---- work that was cut off --------------------------------------------------------------------------------------
+def test_a_run_killed_at_its_last_picture_makes_it_when_resumed(ckpt, tmp_path, monkeypatch, capsys):
+    class Killed(BaseException):
+        pass
+    def killed(trainer):
+        yield dict(rFID=1.0)
+        raise Killed
+    out = tmp_path / "d"
+    monkeypatch.setattr(distill, "compare_picture", killed)
+    with pytest.raises(Killed):
+        distill.main(["--ckpt", str(ckpt), "--steps", "4", "--updates", "4", "--log-every", "2", "--out", str(out),
+                      *CPU])
+    assert load_checkpoint(out / "ckpt.pt")["step"] == 4 and not list(out.glob("samples*"))
+    monkeypatch.setattr(distill, "compare_picture", hooks.compare_picture)
+    distill.main(["--resume", "--out", str(out)])
+    assert "done: " in capsys.readouterr().out
+    assert [f.name for f in out.glob("samples*")] == ["samples-000004.png"]
+    assert [e["step"] for e in log_of(out)] == [2, 4]                # the score of the hook that was cut off is gone
+    with exits("is finished"):
+        distill.main(["--resume", "--out", str(out)])
+
+def test_ctrl_c_in_a_hook_ends_it_at_once_and_resume_makes_up_for_it(small_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "sample_picture", lambda trainer: signal.raise_signal(signal.SIGINT))
+    with exits("130"):
+        train.main([*small_run, "--updates", "9", "--sample-every", "3"])
+    assert "stopped at the pictures and scores of update 3; saved" in capsys.readouterr().out
+    monkeypatch.setattr(train, "sample_picture", lambda trainer: [dict(seen=trainer.step)])
+    train.main(["--resume", "--out", str(tmp_path / "out")])
+    assert [e["seen"] for e in log_of(tmp_path / "out") if "seen" in e] == [3, 6, 9]
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_no_obstacle(small_run, tmp_path):
+    child = start("train.py", *small_run, "--updates", "100000", "--save-every", "100000")
+    while not (tmp_path / "out" / "log.jsonl").exists():
+        assert child.poll() is None, child.stdout.read()
+        time.sleep(0.05)
+    child.kill()
+    child.communicate()
+    with exits("ended before its first checkpoint: start it again, without --resume"):
+        train.main([*small_run, "--resume"])
+    train.main([*small_run, "--updates", "2"])
+    assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 2 and len(log_of(tmp_path / "out")) == 2
+
+def test_ctrl_c_anywhere_is_one_line(ckpt, tmp_path):
+    labelled_images(tmp_path / "many", 400, size=(64, 64))
+    for script, flags in (("sample.py", ["--ckpt", ckpt, "--steps", "100000", "--out", tmp_path / "g.png", *CPU]),
+                          ("fid.py", [tmp_path / "many", tmp_path / "many", "--weights", "random", *CPU])):
+        child = start(script, *flags)
+        time.sleep(8)
+        child.send_signal(signal.SIGINT)
+        output = child.communicate(timeout=60)[0]
+        assert child.returncode == 130 and "stopped; all files are whole" in output, output
+        assert "Traceback" not in output
+
+# ---- checks before work, and its bounds ----------------------------------------------------------------------------
+def test_fid_looks_at_everything_before_it_computes(tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "statistics_of_batches", None)          # to call it would be a TypeError
+    small, big = (labelled_images(tmp_path / n, 4, size=(s, s)) for n, s in (("small", 8), ("big", 9)))
+    np.savez(tmp_path / "f.npz", np.zeros((4, 8, 8, 3)))
+    np.savez(tmp_path / "i.npz", np.zeros((4, 9, 9, 3), np.uint8))
+    flags = ["--weights", "random", *CPU]
+    for fake, message in ((tmp_path / "f.npz", "must be .N, H, W, 3. uint8"), (tmp_path / "i.npz", "different sizes"),
+                          (labelled_images(tmp_path / "one", 1), "at least two images")):
+        with exits(message):
+            fid.main([small, str(fake), *flags])
+    with exits("is there already, and holds no statistics"):
+        fid.main([small, big, "--save", str(tmp_path / "i.npz"), *flags])
+    (tmp_path / "file").write_text("in the way")
+    with exits("can't write into"):
+        fid.main([small, small, "--save", str(tmp_path / "file" / "s.npz"), *flags])
+
+def test_big_photographs_are_in_memory_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(fid.os, "cpu_count", lambda: 1)
+    labelled_images(tmp_path / "d", 20)
+    alive, most = set(), []
+    original = fid.decode_stored
+    def counted(source, item):
+        image = original(source, item)
+        alive.add(item[0])
+        weakref.finalize(image, alive.discard, item[0])
+        most.append(len(alive))
+        return image
+    monkeypatch.setattr(fid, "decode_stored", counted)
+    for _, images in fid.decoded_batches(data.open_source(tmp_path / "d"), 10):
+        for image in images:
+            assert image.shape == (8, 8, 3)
+    assert len(most) == 20 and max(most) <= 5
+
+# ---- the user's own files, and surroundings ----------------------------------------------------------------------
+def test_only_files_of_this_project_are_deleted(small_run, ckpt, tmp_path):
+    own = [tmp_path / "out" / name for name in ("samples-holiday.png", "samples-1.png", "notes.txt", "pool-party.f16")]
+    for f in own:
+        f.write_text("mine")
+    train.main([*small_run, "--updates", "2", "--overwrite"])
+    assert all(f.read_text() == "mine" for f in own)
+    folder = tmp_path / "album"
+    folder.mkdir()
+    (folder / "settings.json").write_text('{"mine": 1}')
+    with exits("settings.json, that sample.py did not write"):
+        sample.main(["--ckpt", str(ckpt), "--steps", "1", "-n", "2", "--save", str(folder), "--overwrite", *CPU])
+    assert json.loads((folder / "settings.json").read_text()) == {"mine": 1}
+
+def test_fewer_samples_than_are_there_are_refused(ckpt, tmp_path):
+    flags = ["--ckpt", str(ckpt), "--steps", "1", "--save", str(tmp_path / "p"), *CPU]
+    sample.main([*flags, "-n", "8"])
+    with exits("holds 8 samples, more than -n 4"):
+        sample.main([*flags, "-n", "4"])
+    sample.main([*flags, "-n", "4", "--overwrite"])
+    assert len(list((tmp_path / "p").glob("*.png"))) == 4
+
+def test_without_a_home(tmp_path, monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+    for name in ("DSD_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(data.Path, "home", nobody)
+    with pytest.raises(DataError, match="there is no home folder .* set DSD_CACHE, or give --cache"):
+        load_data(None, 8)
+    assert len(load_data(labelled_images(tmp_path / "d"), 8, None, tmp_path / "c")) == 10
+
+def test_a_tilde_that_the_shell_left_alone(ckpt, tmp_path):
+    child = start("sample.py", f"--ckpt={ckpt}", "--steps", "1", "--out=~/g.png", *CPU,
+                  env=os.environ | dict(HOME=str(tmp_path)))
+    assert f"wrote {tmp_path}/g.png" in child.communicate(timeout=120)[0]
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler to take away")
+def test_compile_without_a_compiler_is_one_line(small_run, tmp_path):
+    env = os.environ | dict(PATH="/nowhere", CXX="/nowhere/g++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"))
+    child = start("train.py", *small_run, "--updates", "1", "--compile", env=env)
+    output = child.communicate(timeout=300)[0]
+    assert child.returncode == 1 and "error: --compile does not work here" in output, output
+    assert "Traceback" not in output
+
+def test_a_seed_that_no_generator_takes(capsys):
+    with pytest.raises(SystemExit):
+        sample.main(["--seed", "9" * 20])
+    assert "is not a number from 0 to 2^62" in capsys.readouterr().err
+
+def test_a_log_is_json_even_for_a_batch_of_one(ckpt, tmp_path):
+    distill.main(["--ckpt", str(ckpt), "--steps", "4", "--updates", "4", "--batch", "1", "--log-every", "1",
+                  "--out", str(tmp_path / "d"), *CPU])
+    for line in (tmp_path / "d" / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
