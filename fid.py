@@ -458,16 +458,17 @@ def compare_files(args, sides, features):
         stats[-1].save(args.save)
         print(f"wrote {args.save}")
 
-def open_sides(args):
-    """The sides of a comparison of files. Exits if one can't be used, or if --save would take another file's place."""
-    sides = [open_side(path, None if i else args.size, args.crop, args.batch) for i, path in enumerate(args.sides)]
-    save = args.save and Path(args.save)
-    if save and save.exists() and not is_statistics(save):
-        sys.exit(f"error: {save} is there already, and holds no statistics; choose another --save")
-    with suppress(OSError):
-        if not save or save.parent.mkdir(parents=True, exist_ok=True) or os.access(save.parent, os.W_OK):
-            return sides
-    sys.exit(f"error: can't write into {save.parent}; choose another --save")
+def check_save(path):
+    """Exit if --save would take the place of something else than statistics, or can't be written."""
+    if path.exists() and not is_statistics(path):
+        sys.exit(f"error: {path} is there already, and holds no statistics; choose another --save")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path.parent, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        sys.exit(f"error: can't write into {path.parent}; choose another --save")
 
 def compare_models(args, features, device):
     """Score every checkpoint at every step count: table.md and table.json in --out."""
@@ -493,7 +494,9 @@ def main(argv=None):
     for path in [*(args.ckpt or []), *args.sides]:             # before a long download, and longer sampling
         if not Path(path).expanduser().exists():
             sys.exit(f"error: no such file or folder: {path}")
-    sides = open_sides(args)
+    sides = [open_side(path, None if i else args.size, args.crop, args.batch) for i, path in enumerate(args.sides)]
+    if args.save:
+        check_save(Path(args.save))
     needed = args.ckpt or not all(is_statistics(path) for path in args.sides)
     features = load_features(args.weights, device, args.features) if needed else None
     if not args.ckpt:
