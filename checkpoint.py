@@ -40,16 +40,23 @@ def whole_file(path):
         with contextlib.suppress(OSError):
             tmp.unlink()
 
+def check_writable(folder):
+    """Make a folder, before the work whose results it is for. Exits if that, or writing into it, is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        why = None if os.access(folder, os.W_OK) else "permission denied"
+    except OSError as e:
+        why = e.strerror
+    if why:
+        sys.exit(f"error: can't write into {folder} ({why}); choose another place")
+
 @contextlib.contextmanager
 def claimed(path, folder=True):
     """Hold the lock of a folder, or of a file, made if need be. Exits if it can't be, or if another process has it."""
     path = Path(path)
-    try:
-        (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
-        if not folder:
-            path.touch()
-    except OSError as e:
-        raise SystemExit(f"error: can't write {path} ({e.strerror or e})") from None
+    check_writable(path if folder else path.parent)
+    if not folder:
+        path.touch()
     if os.name == "nt":                                       # Windows has other locks
         yield
         return

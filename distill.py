@@ -25,10 +25,11 @@ from hooks import SHOWN, Guard, compare_picture, draw_shown, scorer
 from ldm import MODELS, Latents, image_size, ldm_flag, load_model, model_hash
 from model import param_count
 from plans import METHODS, locate, plan, print_plan
+from rundir import check_out, prepare_out
 from runtime import broadcast, describe_device, launch, pick_device, pick_dtype, ranks
 from sample import Sampler
 from shortcut import OwnSamples, shortcut
-from trainer import Trainer, batches, check_out, data_of_run, final_rate, prepare_out, update_ema
+from trainer import Trainer, batches, data_of_run, final_rate, update_ema
 
 # ---- Algorithms 1 and 2 -----------------------------------------------------------------------------------
 def distillation_loss(xhat, z, t, t1, t2, y, w, second, first=None, target="ddim", weight="snr"):
@@ -277,13 +278,9 @@ def main(argv=None):
     if args.fid_every:
         hooks.append((args.fid_every, scorer(args, images, device, SHOWN[:-1])))
     trainer = Trainer(args, net.requires_grad_(True), device, model_info, hooks, ema_warmup=False)
-    model_info["before"] = source["before"].cpu() if state else broadcast(draw_shown(trainer))
     if state:
         trainer.load(state)
-    steps, guard = plan(args.schedule, args.steps, args.updates), Guard(trainer)
-    if not method.shortcut:
-        trainer.watch = lambda _: dict(depth=locate(steps, trainer.step - 1)[0]) | guard(trainer)
-    stream = None
+    steps, stream = plan(args.schedule, args.steps, args.updates), None
     if reads:
         model_info["data"] = data_of_run(images, state)
         data = Latents(images, source, device, args.dtype) if args.ldm else images
@@ -291,8 +288,12 @@ def main(argv=None):
     prepare_out(args, state)
     print(f"{args.schedule}: {param_count(net) / 1e6:.2f} M parameters, {args.updates:,} updates of {args.batch} on "
           f"{describe_device(device)} in {args.dtype}, from {args.steps} steps, lr {args.lr:g} to {final_rate(args):g}")
-    if method.shortcut and not reads:
-        stream = batches(own_samples(trainer), args, trainer.step, device)
+    model_info["before"] = source["before"].cpu() if state else broadcast(draw_shown(trainer))
+    if method.shortcut:
+        stream = stream or batches(own_samples(trainer), args, trainer.step, device)
+    else:
+        guard = Guard(trainer)
+        trainer.watch = lambda _: dict(depth=locate(steps, trainer.step - 1)[0]) | guard(trainer)
     loop_of(args.schedule)(trainer, steps, stream)
     scores = f"--ldm {args.ldm} --data IMAGES " if args.ldm else ""
     print(f"done: {trainer.ckpt} and {trainer.out}/samples-{trainer.step:06d}.png; "

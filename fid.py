@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoint import claimed, whole_file
+from checkpoint import check_writable, claimed, whole_file
 from data import DataError, eight_bits, load_data, locked, open_source, to_pixels
 from flags import at_least, device_flags, seed
 from inception import RANDOM, SHA256, load_features
@@ -462,13 +462,7 @@ def check_save(path):
     """Exit if --save would take the place of something else than statistics, or can't be written."""
     if path.exists() and not is_statistics(path):
         sys.exit(f"error: {path} is there already, and holds no statistics; choose another --save")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path.parent, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        sys.exit(f"error: can't write into {path.parent}; choose another --save")
+    check_writable(path.parent)
 
 def compare_models(args, features, device):
     """Score every checkpoint at every step count: table.md and table.json in --out."""

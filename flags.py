@@ -88,6 +88,7 @@ def parse_with_saved(p, argv, defaults):
     saved = load_checkpoint(out / "ckpt.pt")["args"] if given.resume else {}
     p.set_defaults(**{k: v for k, v in saved.items() if k not in ("out", "resume", "overwrite")})
     args = p.parse_args(argv)
-    if args.data:                                             # for --resume in another folder
-        args.data = str(Path(args.data).expanduser().absolute())
+    for name in ("data", "cache", "weights"):                 # for --resume in another folder
+        if getattr(args, name) not in (None, "random"):
+            setattr(args, name, str(Path(getattr(args, name)).expanduser().absolute()))
     return args, {k for k, v in saved.items() if getattr(args, k, v) != v}

@@ -11,9 +11,9 @@ import torch
 from data import save_grid
 from fid import compare, packed_statistics, sampled_statistics
 from inception import load_features
+from rundir import what_is_kept
 from runtime import all_gather, progress, rank
 from sample import Sampler
-from trainer import what_is_kept
 
 SHOWN = 1, 2, 4, 8, 64     # step counts of the pictures, and of the scores except for the last
 

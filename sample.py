@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoint import claimed, whole_file
+from checkpoint import check_writable, claimed, whole_file
 from data import mapped, save_grid, to_pixels
 from ddim import Denoiser, ddim_sample, start_noise
 from flags import at_least, device_flags, seed
@@ -268,6 +268,7 @@ def main(argv=None):
             save_images(sampler, args.steps[0], args.n, args.batch, samples)
     else:
         path = path if path.suffix == ".png" else path / "grid.png"
+        check_writable(path.parent)
         draw_grid(samplers, args.steps, args.n or 10, path)
     print(f"wrote {path}{describe_history(state) if len(samplers) == 1 else ''}")
 

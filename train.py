@@ -21,9 +21,10 @@ from data import load_data, save_grid
 from ddim import ddim_sample, ddim_target, start_noise, to_x
 from flags import at_least, fraction, optimiser_flags, out_flags, parse_with_saved, positive, run_flags, score_flags
 from model import CONFIGS, UNet, UNetConfig, param_count
+from rundir import check_out, prepare_out
 from runtime import describe_device, launch, memory_format, pick_device, pick_dtype, rank
 from shortcut import train_shortcut
-from trainer import Trainer, batches, check_out, data_of_run, prepare_out
+from trainer import Trainer, batches, data_of_run
 
 # A preset only changes the defaults of flags. Updates, learning rate and size of the three LSUN and CelebA
 # runs are the paper's (section 5.2); it is silent about batch, model, warm-up and EMA: those are ours.

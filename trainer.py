@@ -17,7 +17,6 @@ import copy
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -29,8 +28,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import claimed, load_checkpoint, save_checkpoint, whole_file
+from checkpoint import claimed, save_checkpoint
 from ddim import SCHEDULES, Denoiser
+from rundir import hooks_are_done, what_is_kept
 from runtime import (
     all_gather,
     autocast,
@@ -315,28 +315,6 @@ def batches(images, args, start, device):
             future = pool.submit(fetch, start)
             yield x.to(device, non_blocking=True, memory_format=memory_format(device)), y.to(device, non_blocking=True)
 
-# ---- the folder of a run ------------------------------------------------------------------------------
-RUN_FILES = re.compile(r"(ckpt\.pt|log\.jsonl|samples-\d{6,}\.png)(\.\d+\.tmp)?")
-
-def files_of_run(out):
-    """What this project wrote into the folder of a run, by its exact names: nothing else is ever deleted."""
-    return [f for f in (out.iterdir() if out.is_dir() else ()) if RUN_FILES.fullmatch(f.name)]
-
-def read_log(out):
-    """The lines of a run's log that are whole, as dicts."""
-    log = out / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-def hooks_are_done(state, out):
-    """Whether the pictures and scores that were due at a checkpoint's update were made: a killed run may lack them."""
-    return any("hooks" in entry and entry["step"] == state["step"] for entry in read_log(out))
-
-def what_is_kept(trainer):
-    """The end of a message: what is left of a run that has to end."""
-    kept = trainer.out and trainer.ckpt.exists()
-    return f"{trainer.ckpt} holds the last good checkpoint" if kept else "there is no checkpoint yet"
-
 @contextlib.contextmanager
 def catch_signals(trainer):
     """A list that is empty until Ctrl-C or SIGTERM arrives; a second Ctrl-C, or one in a hook, interrupts at once.
@@ -354,47 +332,3 @@ def catch_signals(trainer):
     finally:
         for n, h in old.items():
             signal.signal(n, h)
-
-def check_out(args, more="--updates N asks for more"):
-    """Look at flags and OUT before any work: the checkpoint to --resume from, or None. Exits if a run is in the way.
-
-    more  what the user of a finished run can do"""
-    out = Path(args.out)
-    if args.batch % (ranks() * args.accumulate):
-        sys.exit(f"error: --batch {args.batch} can't be shared equally by {ranks()} processes"
-                 f" with --accumulate {args.accumulate}")
-    if args.compile == "reduce-overhead" and (ranks() > 1 or args.accumulate > 1):
-        sys.exit("error: --compile reduce-overhead is for a single process without --accumulate: its graphs keep "
-                 "gradients in place; --compile default takes both")
-    if args.resume:
-        with claimed(out) if out.exists() and not rank() else contextlib.nullcontext():
-            state = load_checkpoint(out / "ckpt.pt")
-        if state["step"] >= args.updates and hooks_are_done(state, out):
-            sys.exit(f"{out} is finished ({state['step']} updates); {more}")
-        return state
-    if rank() or not out.exists():                            # rank 0 looks: it may have begun to write by now
-        return None
-    with claimed(out):
-        if (out / "ckpt.pt").exists() and not args.overwrite:
-            sys.exit(f"error: {out} holds a run already: --resume goes on, --overwrite deletes it, --out takes another")
-    return None
-
-def prepare_out(args, state):
-    """Make OUT ready for the first update: an old run goes, after all checks, lest a typing error delete it.
-
-    With the state of a checkpoint: what a killed run logged after it goes, as that will be done again."""
-    if rank():
-        return
-    out = Path(args.out)
-    with claimed(out):
-        if not state:
-            for f in files_of_run(out):
-                f.unlink()
-            return
-        for f in files_of_run(out):                           # what it was writing when it was killed
-            if f.suffix == ".tmp":
-                f.unlink()
-        step, done = state["step"], hooks_are_done(state, out)
-        kept = [e for e in read_log(out) if e["step"] < step or (e["step"] == step and (done or "loss" in e))]
-        with whole_file(out / "log.jsonl") as tmp:
-            tmp.write_text("".join(json.dumps(entry) + "\n" for entry in kept))

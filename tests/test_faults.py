@@ -261,6 +261,19 @@ def test_a_message_names_the_file_and_not_the_object(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "a/broken.png (UnidentifiedImageError: cannot identify image file)" in error
 
+def test_the_order_of_an_array_in_memory_does_not_matter(tmp_path, capsys):
+    x = np.random.default_rng(0).integers(0, 256, (4, 8, 9, 3), np.uint8)
+    np.savez(tmp_path / "c.npz", x)
+    np.savez(tmp_path / "f.npz", np.asfortranarray(x))
+    fid.main([str(tmp_path / "c.npz"), str(tmp_path / "f.npz"), "--weights", "random", *CPU])
+    assert abs(float(re.search(r"rFID .*: (\S+)", capsys.readouterr().out)[1])) < 1e-6
+
+@pytest.mark.parametrize("name", ["x.npy", "x.pkl"])
+def test_what_is_no_data_set_is_called_so(tmp_path, name):
+    (tmp_path / name).write_bytes(b"numbers")
+    with exits(f"{name} is neither a folder, nor a zip, nor an LMDB folder"):
+        fid.main([str(tmp_path / name), str(tmp_path / name), *QUICK[:2], *CPU])
+
 def test_a_zip_with_backslashes_has_labels(tmp_path):
     labelled_images(tmp_path / "d")
     with zipfile.ZipFile(tmp_path / "d.zip", "w") as z:
