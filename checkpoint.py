@@ -33,8 +33,11 @@ def whole_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
         os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:                      # the latter is what torch's zip writer raises
-        why = getattr(e, "strerror", None) or str(e).splitlines()[0]
+    except (OSError, RuntimeError) as e:                      # torch's zip writer makes the latter of the former
+        cause = e
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__context__
+        why = cause and cause.strerror or str(e).splitlines()[0]
         raise SystemExit(f"error: can't write {path} ({why}); what was there before is untouched") from None
     finally:
         with contextlib.suppress(OSError):

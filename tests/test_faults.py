@@ -53,7 +53,7 @@ def test_no_room_for_a_checkpoint(small_run, tmp_path, size):
     child = start("train.py", *small_run, "--updates", "5", preexec_fn=limited(size))
     output = child.communicate(timeout=120)[0]
     assert child.returncode == 1 and "Traceback" not in output
-    assert f"error: can't write {tmp_path}/out/ckpt.pt" in output
+    assert f"error: can't write {tmp_path}/out/ckpt.pt (File too large); what was there before" in output
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["log.jsonl"]
 
 def test_no_room_for_statistics_costs_no_score(tmp_path):
