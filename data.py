@@ -102,7 +102,7 @@ def _labels(names):
 
 def natural(name):
     """A key that sorts names as people do: 2 before 10."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"([0-9]+)", name)]
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"([0-9]+)", name)]
 
 class LSUN:
     """An LSUN category as distributed: an LMDB folder of encoded images, e.g. church_outdoor_train_lmdb."""
