@@ -10,7 +10,7 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = ["train", "distill", "sample", "fid", "bench"]      # the last one is among the experiments
-EXPERIMENTS = sorted(p.stem for p in (ROOT / "experiments").glob("*.py"))
+EXPERIMENTS = sorted({p.stem for p in (ROOT / "experiments").glob("*.py")} - {"common"})      # which all share
 
 def commands():
     """Every `python script.py …`, or torchrun, of the pages and of the scripts' docstrings, without comments."""
