@@ -441,7 +441,7 @@ def export(net, state, folder):
     if "class_embedder" not in parts:                         # diffusers has no pipeline for these: see docs/ldm.md
         pipeline = {part: ["diffusers", config["_class_name"]] for part, config in configs.items()}
         files["model_index.json"] = dict(_class_name="LDMPipeline") | pipeline
-    tmp = folder.with_name(folder.name + ".tmp")
+    tmp = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")         # of this process alone
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         for part in {**configs, **parts}:
