@@ -14,7 +14,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -222,7 +221,9 @@ def diffusers_places(net):
 
 def names_of(bundle, places, inner, unet, embedder, autoencoder_name):
     """{our name: their names} of UNet and autoencoder; three of theirs where they keep q, k and v apart."""
-    names = {f"autoencoder.{key}": (autoencoder_name(key),) for key in bundle.autoencoder.state_dict()}
+    names = {}
+    if "autoencoder" in bundle:
+        names |= {f"autoencoder.{key}": (autoencoder_name(key),) for key in bundle.autoencoder.state_dict()}
     for ours, theirs in places(bundle.unet):
         part = bundle.unet.get_submodule(ours)
         for key in part.state_dict():
@@ -258,9 +259,9 @@ def compvis_names(bundle, ema=False):
 
 def diffusers_names(bundle):
     """{our name: (folder.name, …)} in diffusers' layout; the class embedding lies in a folder of our own choice."""
-    levels = len(bundle.autoencoder.config.mult)
-    return names_of(bundle, diffusers_places, DIFFUSERS, "unet", "class_embedder",
-                    lambda key: f"vqvae.{diffusers_vq_name(key, levels)}")
+    def vq_name(key):
+        return f"vqvae.{diffusers_vq_name(key, len(bundle.autoencoder.config.mult))}"
+    return names_of(bundle, diffusers_places, DIFFUSERS, "unet", "class_embedder", vq_name)
 
 # ---- values: a file's -> ours -----------------------------------------------------------------------------
 def merge_heads(parts, heads):
@@ -382,12 +383,12 @@ def read_folder(folder):
             tensors[f"{part}.{name}"] = value
     return tensors
 
-def diffusers_configs(unet, autoencoder, latent_size):
-    """{sub-folder: config.json} with which diffusers builds the same networks and takes the same steps."""
+def unet_config(unet, size):
+    """The config.json with which diffusers builds our UNet, for images or latents of `size`."""
     def kinds(attending, plain):
         return [attending if 2 ** i in unet.attention else plain for i in range(len(unet.mult))]
     cross = "Cross" if unet.context_dim else ""
-    net = dict(_class_name="UNet2DModel", sample_size=latent_size, in_channels=unet.in_channels,
+    net = dict(_class_name="UNet2DModel", sample_size=size, in_channels=unet.in_channels,
                out_channels=unet.in_channels, block_out_channels=[m * unet.channels for m in unet.mult],
                layers_per_block=unet.blocks, down_block_types=kinds(f"{cross}AttnDownBlock2D", "DownBlock2D"),
                up_block_types=kinds(f"{cross}AttnUpBlock2D", "UpBlock2D")[::-1],
@@ -396,6 +397,10 @@ def diffusers_configs(unet, autoencoder, latent_size):
     if unet.context_dim:                                      # here diffusers' head_dim is the number of heads
         net |= dict(_class_name="UNet2DConditionModel", cross_attention_dim=unet.context_dim,
                     use_linear_projection=True, attention_head_dim=unet.heads)
+    return net
+
+def ldm_configs(unet, autoencoder, latent_size):
+    """{sub-folder: config.json} with which diffusers builds the same networks and takes the same steps."""
     c, levels = autoencoder, len(autoencoder.mult)
     vq = dict(_class_name="VQModel", sample_size=latent_size * c.factor, in_channels=3, out_channels=3,
               block_out_channels=[m * c.channels for m in c.mult], layers_per_block=c.blocks, act_fn="silu",
@@ -404,7 +409,7 @@ def diffusers_configs(unet, autoencoder, latent_size):
     steps = dict(_class_name="DDIMScheduler", num_train_timesteps=LDMDiscrete.length, beta_schedule="scaled_linear",
                  beta_start=0.0015, beta_end=0.0195, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
                  timestep_spacing="leading", prediction_type="epsilon")
-    return dict(unet=net, vqvae=vq, scheduler=steps)
+    return dict(unet=unet_config(unet, latent_size), vqvae=vq, scheduler=steps)
 
 def check_folder(folder, configs, what):
     """Compare what no shape of a tensor tells; a setting that the file leaves out is taken on trust."""
@@ -418,45 +423,6 @@ def check_folder(folder, configs, what):
                     "flip_sin_to_cos", "freq_shift"):
             if key in ours and theirs.get(key, ours[key]) != ours[key]:
                 raise CheckpointError(f"error: {what}: {key} in {path} is {theirs[key]}, not {ours[key]}")
-
-def export(net, state, folder):
-    """Write a model in diffusers' layout: unet, vqvae, scheduler. The folder is there as a whole or not at all.
-
-    Raises CheckpointError for models that diffusers has no match for, and if the folder is in use."""
-    if "ldm" not in state or net.config.step_length:
-        raise CheckpointError("error: only LDM's models without step lengths can be exported: diffusers has no match "
-                              "for the noise schedule of others, or for that input")
-    folder, save_file = Path(folder), safetensors().torch.save_file
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"error: {folder} exists; choose another --export")
-    bundle = nn.ModuleDict(dict(unet=net, autoencoder=autoencoder_of(state)))
-    weights, parts = bundle.state_dict(), {}
-    for key, theirs in diffusers_names(bundle).items():
-        values = split_heads(weights[key], heads_of(bundle, key)) if len(theirs) > 1 else [weights[key]]
-        for name, value in zip(theirs, values, strict=True):
-            part, _, name = name.partition(".")
-            parts.setdefault(part, {})[name] = value.cpu().contiguous()
-    configs = diffusers_configs(net.config, bundle.autoencoder.config, state["shape"][1])
-    files = {f"{part}/{'scheduler_' * (part == 'scheduler')}config.json": c for part, c in configs.items()}
-    if "class_embedder" not in parts:                         # diffusers has no pipeline for these: see docs/ldm.md
-        pipeline = {part: ["diffusers", config["_class_name"]] for part, config in configs.items()}
-        files["model_index.json"] = dict(_class_name="LDMPipeline") | pipeline
-    tmp = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")         # of this process alone
-    shutil.rmtree(tmp, ignore_errors=True)
-    try:
-        for part in {**configs, **parts}:
-            (tmp / part).mkdir(parents=True)
-        for file, content in files.items():
-            (tmp / file).write_text(json.dumps(content, indent=2))
-        for part, tensors in parts.items():
-            save_file(tensors, tmp / part / f"{WEIGHTS_FILE}.safetensors", {"format": "pt"})
-        if folder.exists():
-            folder.rmdir()
-        os.replace(tmp, folder)
-    except Exception as e:  # safetensors has an error type of its own
-        raise CheckpointError(f"error: can't write {folder} ({getattr(e, 'strerror', None) or e})") from None
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
 
 # ---- any checkpoint -----------------------------------------------------------------------------------------
 def load_model(path, device="cpu", ema=True, name=None, size=None):
@@ -498,7 +464,7 @@ def _load_foreign(path, content, device, ema, name, size):
     side = size // c.autoencoder.factor
     if content is None:
         names, tensors = diffusers_names(bundle), read_folder(path)
-        check_folder(path, diffusers_configs(c.unet, c.autoencoder, side), what)
+        check_folder(path, ldm_configs(c.unet, c.autoencoder, side), what)
         refuse(tensors.keys() - {name for theirs in names.values() for name in theirs}, what, NOT_KNOWN)
         load_tensors(bundle, names, tensors, what)
     else:

@@ -7,7 +7,7 @@
     python sample.py --steps 8 -n 50000 --save out/8.npz        # or one file: arr_0 (N, H, W, 3) uint8
     torchrun --nproc_per_node=8 sample.py --steps 8 -n 50000 --save out/8.npz    # the same, on eight GPUs
     python sample.py --ldm celebahq256 --ckpt model.ckpt        # one of LDM's models: see ldm.py
-    python sample.py --ckpt out/dsdn/ckpt.pt --export out/hf    # a distilled one of them, for diffusers
+    python sample.py --export out/hf                            # the model for diffusers: see export.py
 
 Image i of a seed starts from the same noise whatever the batch, the device or -n. A --save that was
 interrupted goes on where it stopped when the same command is given again.
@@ -30,7 +30,7 @@ from checkpoint import check_writable, claimed, whole_file
 from data import mapped, save_grid, to_pixels
 from ddim import Denoiser, ddim_sample, start_noise
 from flags import at_least, device_flags, seed
-from ldm import autoencoder_of, export, image_size, ldm_flag, load_model, model_hash
+from ldm import autoencoder_of, image_size, ldm_flag, load_model, model_hash
 from runtime import autocast, broadcast, launch, map_over_ranks, memory_format, pick_device, pick_dtype, progress, rank
 
 # ---- one batch, one grid --------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("where to").add_mutually_exclusive_group()
     g.add_argument("--out", metavar="PATH", help="the grid: a .png, or a folder for grid.png (default: beside --ckpt)")
     g.add_argument("--save", metavar="PATH", help="no grid but -n images: PNG files into a folder, or one .npz")
-    g.add_argument("--export", metavar="DIR", help="no images: write one of LDM's models in diffusers' layout")
+    g.add_argument("--export", metavar="DIR", help="no images: write the model in diffusers' layout")
     g = p.add_argument_group("LDM's models")
     ldm_flag(g)
     g.add_argument("--size", type=at_least(1), help="with --ldm: side of the images in pixels (default: 256)")
@@ -258,6 +258,7 @@ def main(argv=None):
     path = Path(args.export or args.save or args.out or Path(args.ckpt[-1]).parent)
     if args.export:
         if rank() == 0:
+            from export import export  # not at the top: few need it
             export(sampler.xhat.net, state, path)
     elif args.save:
         settings = dict(ckpt=model_hash(state), steps=args.steps[0], seed=args.seed, classes=sampler.classes,

@@ -25,6 +25,7 @@ from torch.testing import assert_close
 
 import data
 import distill
+import export
 import fid
 import hooks
 import ldm
@@ -263,7 +264,7 @@ def test_unconditional_models_draw_other_sizes(files):
 
 # ---- diffusers' layout ------------------------------------------------------------------------------------------
 def exported(loaded, name, folder):
-    ldm.export(*loaded[name], folder)
+    export.export(*loaded[name], folder)
     return folder
 
 def test_heads_are_split_and_merged():
@@ -280,7 +281,7 @@ def test_what_was_exported_loads_again_bit_for_bit(loaded, name, tmp_path):
     assert other.keys() == state.keys()
     assert all(other[k] == v for k, v in state.items() if k not in ("autoencoder", "files"))
     with pytest.raises(CheckpointError, match="choose another --export"):
-        ldm.export(net, state, tmp_path / "x")
+        export.export(net, state, tmp_path / "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x"]
 
 def test_an_export_that_fails_leaves_nothing(loaded, tmp_path, monkeypatch):
@@ -288,7 +289,7 @@ def test_an_export_that_fails_leaves_nothing(loaded, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(ldm.safetensors().torch, "save_file", full)
     with pytest.raises(CheckpointError, match="can't write .*No space left on device"):
-        ldm.export(*loaded["uncond"], tmp_path / "x")
+        export.export(*loaded["uncond"], tmp_path / "x")
     assert not any(tmp_path.iterdir())
 
 def test_group_norms_have_ldms_epsilons(loaded):
