@@ -46,7 +46,8 @@ class DataError(SystemExit):
 # item `start` on; read() gives encoded bytes, or pixels of that size.
 
 class Files:
-    """Image files in a folder or a zip. Sub-folders name classes, if every image lies in one and there are several."""
+    """Image files in a folder or a zip. Sub-folders name classes, if every image lies in one and there are several;
+    or dataset.json does, as in EDM's data sets."""
 
     def __init__(self, path):
         self.path, self.name = path, path.stem
@@ -55,6 +56,10 @@ class Files:
         self.names = sorted(n for n in names if Path(n).suffix.lower() in SUFFIXES
                             and not any(p.startswith((".", "__MACOSX")) for p in Path(n).parts))
         self.count = len(self.names)
+        if "dataset.json" in names:
+            self.labels, self.classes = self._edm_labels()
+            self.fingerprint += " EDM"
+            return
         self.labels, self.classes = _labels(self.names)
         if self.classes != sorted(self.classes):              # packed by older versions with labels in this order
             self.fingerprint += " natural"
@@ -84,6 +89,16 @@ class Files:
         self.stored = {i.filename.replace("\\", "/"): i for i in archive.infolist() if not i.is_dir()}
         self.read = lambda name: archive.read(self.stored[name])
         return list(self.stored)                              # some programs for Windows write folders with \
+
+    def _edm_labels(self):
+        """Of EDM's and StyleGAN's data sets: dataset.json lists [name, class], and the folders are only shards."""
+        try:
+            listed = dict(json.loads(self.read("dataset.json")).get("labels") or [])
+            labels = [int(listed[name]) for name in self.names] if listed else []
+        except (ValueError, TypeError, AttributeError, KeyError) as e:
+            raise DataError(f"error: {self.path}: dataset.json does not give each image one class "
+                            f"({type(e).__name__}: {e})") from None
+        return (labels, [str(i) for i in range(max(labels) + 1)]) if labels else ([-1] * self.count, [])
 
     def items(self, start, size):
         for name, label in zip(self.names[start:], self.labels[start:], strict=True):
@@ -378,8 +393,8 @@ def to_pixels(x):
                         f"If not: --dtype fp32")
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
-def save_grid(x, path, columns, labels=()):
-    """Write images (N, 3, H, W) in [-1, 1] as one PNG, row by row; small ones enlarged, so that one can see them.
+def grid(x, columns, labels=()):
+    """Images (N, 3, H, W) in [-1, 1] as one PIL image, row by row; small ones enlarged, so that one can see them.
 
     labels  a short text for each row, written to its left"""
     pixels, font = to_pixels(x), ImageFont.load_default(14)
@@ -387,12 +402,16 @@ def save_grid(x, path, columns, labels=()):
     pitch, scale = side + 1, max(1, 64 // side)               # a white line between neighbours
     cells = np.full((rows * columns, pitch, pitch, 3), 255, np.uint8)
     cells[:len(pixels), :side, :side] = pixels
-    grid = cells.reshape(rows, columns, pitch, pitch, 3).swapaxes(1, 2).reshape(rows * pitch, columns * pitch, 3)
-    grid = grid[:-1, :-1].repeat(scale, 0).repeat(scale, 1)
+    pixels = cells.reshape(rows, columns, pitch, pitch, 3).swapaxes(1, 2).reshape(rows * pitch, columns * pitch, 3)
+    pixels = pixels[:-1, :-1].repeat(scale, 0).repeat(scale, 1)
     margin = 12 + round(max(map(font.getlength, labels))) if labels else 0
-    image = Image.new("RGB", (grid.shape[1] + margin, len(grid)), "white")
-    image.paste(Image.fromarray(grid), (margin, 0))
+    image = Image.new("RGB", (pixels.shape[1] + margin, len(pixels)), "white")
+    image.paste(Image.fromarray(pixels), (margin, 0))
     for row, text in enumerate(labels):
         ImageDraw.Draw(image).text((margin - 6, (row * pitch + side / 2) * scale), text, "black", font, anchor="rm")
+    return image
+
+def save_grid(x, path, columns, labels=()):
+    """Write a `grid` as a PNG."""
     with whole_file(path) as tmp:                             # a viewer that reloads never sees half a picture
-        image.save(tmp, "PNG")
+        grid(x, columns, labels).save(tmp, "PNG")

@@ -47,6 +47,10 @@ class Schedule:
             raise ValueError(f"steps must be at least 1, got {steps}")
         return [i / steps for i in range(steps, -1, -1)]
 
+    def shown(self, t):
+        """The time that the network is shown at time t."""
+        return t
+
 class Cosine(Schedule):
     """α_t = cos(π t / 2): the continuous schedule of our own v-prediction models (Salimans & Ho 2022)."""
 
@@ -71,6 +75,12 @@ class LDMDiscrete(Schedule):
     def alpha(self, t):
         self.alpha2 = self.alpha2.to(t.device)                # once: a GPU waits for each copy
         return self.alpha2[(self.length * t).round().long().clamp(0, self.length - 1)].sqrt()
+
+    def shown(self, t):
+        """The very step whose α is used: the network was trained on whole steps 0 … 999."""
+        if torch.is_tensor(t):
+            return (self.length * t).round().clamp(max=self.length - 1) / self.length
+        return min(round(self.length * t), self.length - 1) / self.length
 
     def times(self, steps):
         """LDM's own rule where N divides 1000 (steps 1, 1 + c, 1 + 2c … with c = 1000 / N), else t_i = i / N.
@@ -120,7 +130,7 @@ class Denoiser:
         """The network's own output; if w ≠ 1 guided: null + w (class − null), in one batch (Ho & Salimans 2022).
 
         w: a number, or a tensor (B, 1, 1, 1) with a weight for each image (which is then always guided)."""
-        d = dict(d=d) if self.lengths and d is not None else {}
+        t, d = self.schedule.shown(t), dict(d=d) if self.lengths and d is not None else {}
         if y is None:
             return self.net(z, t, **d)
         if not torch.is_tensor(w) and w == 1.0:

@@ -20,7 +20,7 @@ import torch
 
 from data import load_data
 from ddim import WEIGHTS, Denoiser, ddim_target
-from flags import at_least, fraction, optimiser_flags, out_flags, parse_with_saved, run_flags, score_flags
+from flags import at_least, checkpoint, fraction, optimiser_flags, out_flags, parse_with_saved, run_flags, score_flags
 from hooks import SHOWN, Guard, compare_picture, draw_shown, scorer
 from ldm import MODELS, Latents, image_size, ldm_flag, load_model, model_hash
 from model import param_count
@@ -152,8 +152,8 @@ def parse_args(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("the method")
     g.add_argument("--schedule", choices=METHODS, default="dsdi", help="the method (default: dsdi)")
-    g.add_argument("--ckpt", default="out/train/ckpt.pt", metavar="FILE",
-                   help="the model to distil; it starts from its averaged weights (default: %(default)s)")
+    g.add_argument("--ckpt", type=checkpoint, default="out/train/ckpt.pt", metavar="FILE",
+                   help="the model to distil, or its folder; from its averaged weights (default: %(default)s)")
     ldm_flag(g)
     g.add_argument("--steps", type=int, default=64, metavar="N", help="start depth (default: 64, the paper's)")
     optimiser_flags(g)

@@ -1,7 +1,7 @@
 """Models in the layout of diffusers: `python sample.py --ckpt out/train/ckpt.pt --export out/hf`.
 
 Weights and configs go into unet/, scheduler/ and, for LDM's, vqvae/. diffusers then builds the same network and takes
-the same steps. Of our own models it takes them wherever N divides T = 1600:
+the same steps: of LDM's models where N divides 1000 (but not 1), of our own where it divides T = 1600:
 
     pipe = diffusers.DDIMPipeline.from_pretrained("out/hf")
     image = pipe(num_inference_steps=4).images[0]

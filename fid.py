@@ -34,7 +34,7 @@ from PIL import Image
 
 from checkpoint import check_writable, claimed, whole_file
 from data import DataError, eight_bits, load_data, locked, open_source, to_pixels
-from flags import at_least, device_flags, seed
+from flags import at_least, checkpoint, device_flags, seed
 from inception import RANDOM, SHA256, load_features
 from ldm import image_size, ldm_flag, model_hash
 from runtime import broadcast, launch, log_stderr, pick_device, pick_dtype, progress, rank, ranks, sum_over_ranks
@@ -403,7 +403,8 @@ def table(results):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("models")
-    g.add_argument("--ckpt", nargs="+", metavar="FILE", help="checkpoints to sample from: the rows of the table")
+    g.add_argument("--ckpt", type=checkpoint, nargs="+", metavar="FILE",
+                   help="checkpoints to sample from, or folders of runs: the rows of the table")
     g.add_argument("--data", metavar="PATH",
                    help="the real images, prepared as the checkpoint's training did (default: what it was trained on)")
     g.add_argument("--steps", type=at_least(1), nargs="+", default=[2, 4, 8, 16, 32, 64], metavar="N",

@@ -25,6 +25,11 @@ seed = checked(int, lambda value: 0 <= value < 2 ** 62, "a number from 0 to 2^62
 positive = checked(float, lambda value: 0 < value < math.inf, "a positive number")
 fraction = checked(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 
+def checkpoint(text):
+    """A type for argparse: a checkpoint, or the folder of a run, which stands for its ckpt.pt."""
+    inside = Path(text).expanduser() / "ckpt.pt"
+    return str(inside) if inside.is_file() else text
+
 def device_flags(g, compiled=False):
     """`--device` and `--dtype`, for every script that runs a network, and `--compile` if it is to be compiled."""
     g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")

@@ -29,7 +29,7 @@ from PIL import Image
 from checkpoint import check_writable, claimed, whole_file
 from data import mapped, save_grid, to_pixels
 from ddim import Denoiser, ddim_sample, start_noise
-from flags import at_least, device_flags, seed
+from flags import at_least, checkpoint, device_flags, seed
 from ldm import autoencoder_of, image_size, ldm_flag, load_model, model_hash
 from runtime import autocast, broadcast, launch, map_over_ranks, memory_format, pick_device, pick_dtype, progress, rank
 
@@ -40,9 +40,9 @@ class Sampler:
     xhat     Denoiser;  shape (C, H, W) of what it draws: an image, or the latents that LDM's autoencoder decodes
     classes  class indices given to image 0, 1, 2 … in turn, or None for an unconditional model;  w  their guidance"""
 
-    def __init__(self, net, state, device, dtype, classes=None, w=1.0, seed=0):
+    def __init__(self, net, state, device="cpu", dtype="fp32", classes=None, w=1.0, seed=0):
         self.xhat, self.shape = Denoiser.of(net, state), state["shape"]
-        self.device, self.dtype, self.classes, self.w, self.seed = device, dtype, classes, w, seed
+        self.device, self.dtype, self.classes, self.w, self.seed = torch.device(device), dtype, classes, w, seed
         self.autoencoder = autoencoder_of(state, device) if "ldm" in state else None
         self.image_shape = [3, image_size(state), image_size(state)] if self.autoencoder else self.shape
         self.decode_batch = 8 if device.type == "cuda" else 1            # a 256x256 image needs 0.2 GB for it
@@ -189,8 +189,8 @@ def save_images(sampler, steps, n, batch, samples):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("images")
-    g.add_argument("--ckpt", nargs="+", default=["out/train/ckpt.pt"], metavar="FILE",
-                   help="models: a row for each in every step count (default: out/train/ckpt.pt)")
+    g.add_argument("--ckpt", type=checkpoint, nargs="+", default=["out/train/ckpt.pt"], metavar="FILE",
+                   help="models, or folders of runs: a row for each in every step count (default: out/train/ckpt.pt)")
     g.add_argument("--steps", type=at_least(1), nargs="+", default=[2, 4, 8, 64], metavar="N",
                    help="network evaluations per image, each a row of the grid (default: 2 4 8 64)")
     g.add_argument("-n", type=at_least(1), metavar="N", help="columns of the grid (default: 10), or images to --save")

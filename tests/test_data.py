@@ -17,7 +17,7 @@ import lmdb
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, labelled_images
 from PIL import Image
 from torch.testing import assert_close
 
@@ -395,3 +395,22 @@ def test_a_grid_shows_each_image_in_its_place_beside_its_label(tmp_path):
     save_grid(x, tmp_path / "grid.png", columns=3, labels=["2 steps", "64 steps"])
     wide = np.asarray(Image.open(tmp_path / "grid.png"))
     assert np.array_equal(wide[:, wide.shape[1] - 26 * 8:], grid) and wide[:, :wide.shape[1] - 26 * 8].min() < 100
+
+# ---- EDM's data sets ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("packed", [False, True])
+def test_edms_labels_are_those_of_its_json_and_its_folders_are_none(tmp_path, packed):
+    folder = Path(labelled_images(tmp_path / "d", 6, classes=["00000", "00001"]))
+    names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*.png"))
+    path = folder
+    def write(text):
+        (folder / "dataset.json").write_text(text)
+        if packed:
+            shutil.make_archive(str(tmp_path / "d"), "zip", folder)
+        return tmp_path / "d.zip" if packed else folder
+    path = write(json.dumps({"labels": [[name, i % 3] for i, name in enumerate(names)]}))
+    images = load_data(path, 8, None, tmp_path / "c")
+    assert images.labels.tolist() == [0, 1, 2, 0, 1, 2] and images.classes == ["0", "1", "2"]
+    assert load_data(write('{"labels": null}'), 8, None, tmp_path / "c").classes == []
+    for text in (json.dumps({"labels": [[name, 0] for name in names[1:]]}), "{", "[]", '{"labels": [["a", [1, 2]]]}'):
+        with pytest.raises(DataError, match="dataset.json does not give each image one class"):
+            load_data(write(text), 8, None, tmp_path / "c")

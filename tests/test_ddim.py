@@ -153,6 +153,22 @@ def test_ldm_times_are_the_originals_where_n_divides_1000_and_exactly_n_elsewher
         with pytest.raises(ValueError, match="between 1 and 999"):
             LDMDiscrete().times(n)
 
+def test_an_ldms_network_sees_the_very_step_whose_alpha_is_used():
+    """It was trained on whole steps 0 … 999, which i / 64 are not."""
+    seen, schedule = [], LDMDiscrete()
+    def net(z, t):
+        seen.append(t)
+        return torch.zeros_like(z)
+    xhat = Denoiser(net, schedule, "eps")
+    ddim_sample(xhat, torch.zeros(1, 3, 4, 4), 64)
+    xhat(torch.zeros(3, 3, 4, 4), torch.tensor([1.0, 0.5161, 0.0]))
+    steps, last = 1000 * np.array(seen[:-1]), 1000 * seen[-1]
+    assert steps[0] == 999 and len(set(steps)) == 64 and np.abs(steps - steps.round()).max() < 1e-9
+    assert_close(last, torch.tensor([999.0, 516.0, 0.0]))
+    for step in steps[[0, 5, 63]]:
+        alpha2 = schedule.alpha2[round(step)]
+        assert_close(schedule(float(step) / 1000)[0].square(), alpha2)
+
 @pytest.mark.parametrize("kind,name", [("v", "cosine"), ("x", "cosine"), ("eps", "ldm"), ("v", "ldm")])
 @pytest.mark.parametrize("steps", [2, 7])
 def test_data_in_one_point_is_sampled_exactly_in_n_evaluations(kind, name, steps):

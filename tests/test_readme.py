@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import textwrap
 
 import pytest
 from conftest import ROOT
@@ -65,3 +66,17 @@ def test_help_teaches_every_flag_on_two_screens(script, capsys, monkeypatch):
     assert len(flags) > 4
     for flag, below in flags:                                 # its help stands on the same line, or on the next
         assert re.search(r"\S {2,}\S", flag) or below.startswith(" " * 20), flag
+
+def test_an_installation_has_every_module():
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"py-modules = \[(.*?)\]", text, re.S)[1]
+    assert re.findall(r'"(\w+)"', listed) == sorted(p.stem for p in ROOT.glob("*.py"))
+
+def test_the_lines_for_python_draw_a_picture(small_run, tmp_path, monkeypatch):
+    import train
+    train.main([*small_run, "--updates", "1"])
+    lines = re.search(r"    from checkpoint import load_model\n(    .*\n)+", (ROOT / "README.md").read_text())[0]
+    seen = []
+    monkeypatch.setattr("PIL.Image.Image.show", lambda image: seen.append(image))
+    exec(textwrap.dedent(lines).replace("out/train/ckpt.pt", str(tmp_path / "out" / "ckpt.pt")), {})
+    assert [image.size for image in seen] == [(5 * 9 * 8 - 8, 2 * 9 * 8 - 8)]
