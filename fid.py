@@ -37,7 +37,18 @@ from data import DataError, eight_bits, load_data, locked, open_source, to_pixel
 from flags import at_least, checkpoint, device_flags, seed
 from inception import RANDOM, SHA256, load_features
 from ldm import image_size, ldm_flag, model_hash
-from runtime import broadcast, launch, log_stderr, pick_device, pick_dtype, progress, rank, ranks, sum_over_ranks
+from runtime import (
+    broadcast,
+    keep_freed_memory,
+    launch,
+    log_stderr,
+    pick_device,
+    pick_dtype,
+    progress,
+    rank,
+    ranks,
+    sum_over_ranks,
+)
 from sample import load_sampler
 
 VERSION = 2     # of all scores: a change to how they are computed, or stored, must raise it
@@ -328,6 +339,8 @@ def decode_stored(source, item):
     """The image of an item of a data source, (H, W, 3) uint8 of its own size. Raises DataError."""
     name, read, _ = item
     with reading(f"{name} in {source.path}", "can't be read"), Image.open(io.BytesIO(read())) as image:
+        if image.width * image.height > 2 ** 20:
+            keep_freed_memory(False)
         return np.asarray(eight_bits(image).convert("RGB"))   # as pytorch-fid: no turning, no white behind alpha
 
 def decoded_batches(source, batch):

@@ -36,10 +36,12 @@ def pick_device(name="auto"):
         if ":" in name:
             torch.cuda.set_device(name)                       # for the collectives that name no device
         torch.backends.cudnn.benchmark = True                 # the shapes never change
-    if name == "cpu" and "LOCAL_RANK" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-        # That is torchrun's choice, however many cores there are; another number is the user's, and stays.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+    if name == "cpu":
+        keep_freed_memory()
+        if "LOCAL_RANK" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+            # That is torchrun's choice, however many cores there are; another number is the user's, and stays.
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
     if "RANK" in os.environ and not dist.is_initialized():
         _end_with_launcher()                                  # tensors on the CPU travel by gloo, on GPUs by NCCL
         dist.init_process_group("cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo",
@@ -52,15 +54,15 @@ def _end_with_launcher():
         set_death_signal = 1                                  # PR_SET_PDEATHSIG, from prctl.h
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
 
-def keep_freed_memory():
+def keep_freed_memory(keep=True):
     """Have glibc keep what PyTorch frees. It would give big blocks back to the system after each layer, and
     have them cleared page by page at the next: a tenth of the time of an update with self-distillation.
 
-    For a training loop, whose blocks are always the same: those of photographs of many sizes would pile up."""
+    keep  False: no longer, for blocks that are never the same, as those of photographs: they would pile up"""
     if platform.libc_ver()[0] == "glibc":
         mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4        # from malloc.h
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0 if keep else 65_536)
+        mallopt(trim_threshold, -1 if keep else 131_072)      # these are its defaults
 
 def pick_dtype(name, device):
     """`--dtype`: auto is bf16 where the hardware multiplies in it (2-3x faster on such CPUs), else fp32."""

@@ -31,18 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import claimed, save_checkpoint
 from ddim import SCHEDULES, Denoiser
 from rundir import hooks_are_done, what_is_kept
-from runtime import (
-    all_gather,
-    autocast,
-    broadcast,
-    keep_freed_memory,
-    local_rows,
-    memory_format,
-    progress,
-    rank,
-    ranks,
-    sum_over_ranks,
-)
+from runtime import all_gather, autocast, broadcast, local_rows, memory_format, progress, rank, ranks, sum_over_ranks
 
 LABEL_DROPOUT = 0.1       # how often a label gives way to the null class
 
@@ -58,8 +47,6 @@ class Trainer:
     carried      tensors with a row for each image that the loop carries from one update to the next, by name"""
 
     def __init__(self, args, net, device, model_info, hooks=(), ema_warmup=True):
-        if device.type == "cpu":
-            keep_freed_memory()
         self.args, self.device, self.model_info, self.ema_warmup = args, device, model_info, ema_warmup
         self.out = None if args.out is None else Path(args.out)
         self.net = net.to(device, memory_format=memory_format(device))
