@@ -19,11 +19,13 @@ import io
 import json
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, count, groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -210,13 +212,20 @@ def kid(x, y, subsets=100, size=1000):
     return float(np.mean(values)), float(np.std(values))
 
 def metric_names(weights):
-    """What the scores may be called by the weights behind them: only the released network gives FID."""
+    """What Fréchet distance, Inception Score and KID may be called by the weights behind them; None: they say nothing.
+
+    Only the released network gives FID."""
     weights = weights.removesuffix("-bf16")
     if weights == SHA256:
         return "FID", "Inception Score", "KID"
     if weights.startswith(RANDOM):
-        return tuple(f"{name} (random features)" for name in ("rFID", "rIS", "rKID"))
+        return "rFID (random features)", None, "rKID (random features)"         # an rIS is always about 1
     return tuple(f"{name} (weights {weights[:8]})" for name in ("FD", "IS", "KD"))
+
+@cache
+def warn_once(text):
+    """A warning that would stand beside each cell of a table, once."""
+    log_stderr(text)
 
 def compare(real, fake):
     """All scores of `fake` against `real` (Statistics), with what they are: dict(scores, features, real, fake).
@@ -226,12 +235,12 @@ def compare(real, fake):
     for side, s in (("REAL", real), ("FAKE", fake)):
         n = s.provenance["images"]
         if n != "unknown" and n < len(s.mu):
-            log_stderr(f"warning: {side} has {n} images, fewer than the {len(s.mu)} features: its covariance is "
-                       f"singular, and the Fréchet distance biased upwards; compare only scores of equal counts")
+            warn_once(f"warning: {side} has {n} images, fewer than the {len(s.mu)} features: its covariance is "
+                      f"singular, and the Fréchet distance biased upwards; compare only scores of equal counts")
     fid_name, is_name, kid_name = metric_names(fake.weights)
     with reading("these statistics", "can't be compared"):
         scores = {fid_name: frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma)}
-    if fake.score:
+    if fake.score and is_name:
         scores[is_name], scores[f"{is_name} std"] = fake.score
     if real.kid_features is not None and fake.kid_features is not None:
         scores[kid_name], scores[f"{kid_name} std"] = kid(real.kid_features, fake.kid_features)
@@ -299,18 +308,27 @@ def open_side(path, size=None, crop=None, batch=64):
     return Side(lambda features: statistics_of_batches(batches(), n, features, about, path.name),
                 f"{shape[1]}x{shape[0]}", exact)
 
-def packed_statistics(images, features, batch=64):
-    """Statistics of a packed data set (data.Images), kept beside it: the reference is computed once. On rank 0."""
-    path = images.folder / f"statistics-{VERSION}-{features.id[-12:]}.npz"
+def packed_statistics(images, features, batch=64, count=None):
+    """Statistics of a packed data set (data.Images), kept beside it: the reference is computed once. On rank 0.
+
+    count   how many images, the first of an order that is always the same; None: all"""
+    pixels, source, path = images.pixels, images.folder.name, reference_path(images, features, count)
     if broadcast(path.exists()):
         return None if rank() else Statistics.load(path)
-    name = images.folder.name
-    stats = statistics_of_batches(own_batches(images.pixels, batch), len(images), features,
-                                  dict(source=name, prepared=images.preparation), f"reference, {name}")
+    if count:
+        order, source = np.random.default_rng(0).permutation(len(images))[:count], f"the {len(pixels):,} in {source}"
+        pixels = (images.pixels[i] for i in order)
+    stats = statistics_of_batches(own_batches(pixels, batch), count or len(images), features,
+                                  dict(source=source, prepared=images.preparation), f"reference, {source}")
     if stats:
         with locked(images.folder, "scoring"):                # another run may write the same
             stats.save(path)
     return stats
+
+def reference_path(images, features, count=None):
+    """Where `packed_statistics` keeps them."""
+    part = f"{count}-" if count else ""
+    return images.folder / f"statistics-{VERSION}-{part}{features.id[-12:]}.npz"
 
 def sampled_statistics(sampler, steps, n, features, provenance, batch=64):
     """Statistics of n images drawn from a model on the fly, rounded to 8 bits as if they had been saved. On rank 0."""
@@ -366,32 +384,57 @@ def evaluate(args, path, features, device):
     model = dict(hash=model_hash(state), weights="raw" if args.raw else "ema", dtype=sampler.dtype)
     trained = state.get("args", {})
     images = load_data(args.data or trained.get("data"), image_size(state), trained.get("crop"), args.cache)
-    reference, results = [], []                               # read, or computed, for the first score that is not known
-    for steps in args.steps:
+    count = args.real if args.real and args.real < len(images) else None
+    def kept(steps):
+        """The file of a score."""
         key = dict(model, version=VERSION, steps=steps, n=args.n, seed=args.seed, guidance=args.guidance,
                    features=features.id, reference=images.folder.name)          # not the path: it may have moved
+        key |= dict(real=count) if count else {}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        cache = Path(path).parent / "scores" / f"{digest}.json"
-        result = None
+        return Path(path).parent / "scores" / f"{digest}.json"
+    unknown = [steps for steps in args.steps if not kept(steps).exists()]
+    new = 0 if reference_path(images, features, count).exists() else count or len(images)
+    tell_time(path, sampler, features, unknown, args.n, new)
+    reference, results = [], []                               # read, or computed, for the first score that is not known
+    for steps in args.steps:
+        file, result = kept(steps), None
         with suppress(OSError, ValueError):                    # not known yet, or a file that a power cut emptied
-            result = json.loads(cache.read_text())
+            result = json.loads(file.read_text())
         result = broadcast(result)
         if result:
-            log_stderr(f"{path} at {steps} steps: known from {cache}")
+            log_stderr(f"{path} at {steps} steps: known from {file}")
         else:
-            reference = reference or [packed_statistics(images, features, args.batch)]
+            reference = reference or [packed_statistics(images, features, args.batch, count)]
             fake = sampled_statistics(sampler, steps, args.n, features, model, args.batch)
             if rank():
                 continue
             result = compare(reference[0], fake)
             try:
-                with whole_file(cache) as tmp:
+                with whole_file(file) as tmp:
                     tmp.write_text(json.dumps(result, indent=1))
             except SystemExit as e:
                 log_stderr(f"warning: this score is not kept: {e}")
         result["fake"]["checkpoint"] = str(path)
         results.append(result)
     return results
+
+def tell_time(path, sampler, features, steps, n, new):
+    """Say how long the scores of a model will take, if that is over a minute: by a few images, after as many more.
+
+    steps  the step counts;  n  samples for each;  new  images of the reference that are still to be looked at"""
+    if not steps:
+        return
+    def seconds(work):
+        work()
+        start = time.perf_counter()
+        work()
+        return (time.perf_counter() - start) / 4
+    pixels = to_pixels(sampler(range(4), 1))
+    look, draw = seconds(lambda: features(pixels)[0].cpu()), seconds(lambda: sampler(range(4), 1).cpu())
+    minutes = ((new + n * len(steps)) * look + n * sum(steps) * draw) / ranks() / 60
+    if minutes > 1:
+        log_stderr(f"{path}: {n:,} samples at {', '.join(map(str, steps))} steps, {new:,} images of the reference: "
+                   f"about {minutes:.0f} min at most" + (", of which --real 5000 saves some" if new > 5000 else ""))
 
 def table(results):
     """Markdown: a table per metric, rows = models, columns = steps. results: {name: [what `compare` gives, …]}."""
@@ -422,6 +465,7 @@ def parse_args(argv=None):
                    help="the real images, prepared as the checkpoint's training did (default: what it was trained on)")
     g.add_argument("--steps", type=at_least(1), nargs="+", default=[2, 4, 8, 16, 32, 64], metavar="N",
                    help="the columns of the table (default: 2 4 8 16 32 64)")
+    g.add_argument("--real", type=at_least(2), metavar="N", help="so many of the real images (default: all of them)")
     g.add_argument("-n", type=at_least(2), default=30_000, metavar="N", help="images for each score (default: 30000)")
     g.add_argument("--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance (default: 1)")
     ldm_flag(g)

@@ -165,7 +165,7 @@ def test_random_weights_are_the_same_everywhere_and_never_called_fid():
     assert a.id == b.id == "random-72007735"
     features = a(pictures(3, shape=(16, 16, 3)))[0]
     assert features.isfinite().all() and features.std(0).mean() > 0.01
-    assert fid.metric_names(a.id) == ("rFID (random features)", "rIS (random features)", "rKID (random features)")
+    assert fid.metric_names(a.id) == ("rFID (random features)", None, "rKID (random features)")
     assert fid.metric_names(inception.SHA256)[0] == "FID"
     assert fid.metric_names("ab" * 32)[0] == "FD (weights abababab)"
     assert "FID" not in fid.metric_names("ab" * 32)
@@ -482,7 +482,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, tiny, model, monkeypatch):
     drawn, original = [], sampling.Sampler.__call__
 
     def counting(self, indices, steps):
-        drawn.append(steps)
+        drawn.extend([steps] * (steps > 1))                   # one step: to tell the time beforehand
         if steps == 3 and len(drawn) == 4:
             raise KeyboardInterrupt
         return original(self, indices, steps)
@@ -564,3 +564,23 @@ def test_the_help_fits_two_screens_and_begins_with_the_papers_flags(monkeypatch,
     places = [text.index(f"\n  {flag}") for flag in ("--ckpt", "--data", "--steps", "-n", "--guidance", "--save",
                                                      "--weights", "--batch", "--device")]
     assert places == sorted(places)
+
+def test_a_part_of_the_reference_is_always_the_same_and_told(tmp_path, tiny, model, capsys):
+    fid.main([*model, "--real", "5"])
+    text = (tmp_path / "scores" / "table.md").read_text()
+    assert "Against 5 of the 12 in data-8" in text
+    images = fid.load_data(model[3], 8)
+    order = np.random.default_rng(0).permutation(12)[:5]
+    want = fid.statistics_of_batches(fid.own_batches(images.pixels[order], 5), 5, tiny, {}, "part")
+    assert np.abs(fid.packed_statistics(images, tiny, count=5).mu - want.mu).max() < 1e-9
+    assert "known from" not in capsys.readouterr().err
+    fid.main([*model, "--real", "20"])                        # more than there are: all of them
+    assert "Against 12 of data-8" in (tmp_path / "scores" / "table.md").read_text()
+    assert "known from" not in capsys.readouterr().err
+
+def test_the_time_is_told_before_it_is_spent(tiny, model, monkeypatch, capsys):
+    ticks = iter(range(0, 10_000, 40))                        # four images take 40 s
+    monkeypatch.setattr(fid.time, "perf_counter", lambda: next(ticks))
+    fid.main(model)
+    # 12 images of the reference and 2 x 10 samples to look at, and 10 x (2 + 3) evaluations, of 10 s each
+    assert ": 10 samples at 2, 3 steps, 12 images of the reference: about 14 min at most" in capsys.readouterr().err
