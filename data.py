@@ -36,6 +36,7 @@ from runtime import log_stderr, progress
 VERSION = 1     # of the packing: a change to what is drawn or how it is resized must raise it
 CHUNK = 1024    # images packed between two entries of the journal
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+UNREAD = {".heic", ".heif", ".avif", ".jxl"}        # pictures too, that PIL may not read: then they are named
 
 class DataError(SystemExit):
     """Data that can't be used. A SystemExit: uncaught, its one-line message is all the user sees."""
@@ -53,7 +54,7 @@ class Files:
         self.path, self.name = path, path.stem
         names = self._open_folder() if path.is_dir() else self._open_zip()
         # macOS leaves "._" files and a __MACOSX folder in its archives: they end in .jpg but are no pictures.
-        self.names = sorted(n for n in names if Path(n).suffix.lower() in SUFFIXES
+        self.names = sorted(n for n in names if Path(n).suffix.lower() in SUFFIXES | UNREAD
                             and not any(p.startswith((".", "__MACOSX")) for p in Path(n).parts))
         self.count = len(self.names)
         if "dataset.json" in names:

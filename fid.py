@@ -50,6 +50,7 @@ from runtime import (
     rank,
     ranks,
     sum_over_ranks,
+    warn_if_busy,
 )
 from sample import load_sampler
 
@@ -553,6 +554,7 @@ def main(argv=None):
     features = load_features(args.weights, device, args.features) if needed else None
     if not args.ckpt:
         return compare_files(args, sides, features)
+    warn_if_busy(device)
     with claimed(args.out) if rank() == 0 else nullcontext():
         compare_models(args, features, device)
 

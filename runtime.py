@@ -137,6 +137,15 @@ def describe_device(device):
     """What a run runs on, in words."""
     return str(device) if ranks() == 1 else f"{ranks()} processes ({device.type})"
 
+def warn_if_busy(device):
+    """Say before a long computation on a CPU that others use it: threads that wait for each other crawl."""
+    if device.type != "cpu" or not hasattr(os, "getloadavg") or torch.get_num_threads() == 1:
+        return
+    load, cores = os.getloadavg()[0], os.cpu_count()
+    if load > 0.7 * cores:
+        log_stderr(f"warning: {cores} cores, and a load of {load:.1f} from other programs: {torch.get_num_threads()} "
+                   f"threads that wait for each other can be ten times slower than one. Try OMP_NUM_THREADS=1")
+
 def progress(**settings):
     """A tqdm bar, on rank 0 alone."""
     return tqdm(dynamic_ncols=True, disable=rank() > 0, **settings)
@@ -157,6 +166,9 @@ def launch(main):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:                                   # the reader of `… | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (SystemExit, OSError) as e:
         told = e.code if isinstance(e, SystemExit) else f"error: {e.filename or 'a file'}: {e.strerror or e}"
         if other and isinstance(told, str):

@@ -1,6 +1,6 @@
 """Sample from a trained or distilled model: a grid that compares step counts, or many images to evaluate.
 
-    python sample.py                                            # the last model at 2, 4, 8 and 64 steps, same noise
+    python sample.py                                            # out/train/ckpt.pt at 2, 4, 8, 64 steps, same noise
     python sample.py --steps 1 2 4 8 -n 16 --out few.png        # 16 columns, another file
     python sample.py --ckpt out/train/ckpt.pt out/dsdi/ckpt.pt  # models under each other, before and after (Figure 2)
     python sample.py --steps 8 -n 50000 --save out/png          # PNG files 00000.png, 00001.png …

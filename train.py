@@ -76,17 +76,25 @@ def train(trainer, stream, b):
             trainer.backward(loss, terms)
         trainer.update()
 
-def sample_picture(trainer, count=80, columns=10):
+def sample_picture(trainer, columns=10):
     """Sample grid from the averaged weights, always with the same noise; with ten classes, each has its column."""
     if rank():
         return
     device, classes = trainer.device, trainer.net.config.classes
+    count = 20 if device.type == "cpu" and trainer.args.size > 32 else 80      # big ones take a CPU minutes
     y = torch.arange(count, device=device) % classes if classes else None
     z = start_noise(trainer.args.seed, range(count), trainer.model_info["shape"])
     with trainer.autocast():
         x = ddim_sample(trainer.denoiser(trainer.ema), z.to(device, memory_format=memory_format(device)),
                         trainer.args.sample_steps, y)
     save_grid(x, trainer.out / f"samples-{trainer.step:06d}.png", columns)
+
+def told_passes(images, args):
+    """A line for people, if a run shows each of its images so often that it will learn them by heart; else nothing."""
+    passes = args.updates * args.batch / images
+    return "" if passes < 200 else (
+        f"each image will be seen {passes:,.0f} times, and so many views of so few are learned by heart: "
+        f"{max(1, 100 * images // args.batch):,} updates would make it 100\n")
 
 # ---- command line ---------------------------------------------------------------------------------------
 def parse_args(argv=None):
@@ -180,6 +188,7 @@ def main(argv=None):
     print(f"{len(images):,} images of {args.size}x{args.size}, {param_count(trainer.net) / 1e6:.2f} M parameters, "
           f"{args.updates:,} updates of {args.batch} images on {describe_device(device)} in {args.dtype}, "
           f"distill {args.distill}")
+    print(told_passes(len(images), args), end="")
     stream = batches(images, args, trainer.step, device)
     if args.shortcut:
         train_shortcut(trainer, stream, args.distill, args.guidance)

@@ -31,7 +31,19 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import claimed, save_checkpoint
 from ddim import SCHEDULES, Denoiser
 from rundir import hooks_are_done, what_is_kept
-from runtime import all_gather, autocast, broadcast, local_rows, memory_format, progress, rank, ranks, sum_over_ranks
+from runtime import (
+    all_gather,
+    autocast,
+    broadcast,
+    local_rows,
+    log_stderr,
+    memory_format,
+    progress,
+    rank,
+    ranks,
+    sum_over_ranks,
+    warn_if_busy,
+)
 
 LABEL_DROPOUT = 0.1       # how often a label gives way to the null class
 
@@ -58,6 +70,7 @@ class Trainer:
         self.step, self.hooks, self.watch = 0, hooks, None
         self.extra_state, self.averages, self.carried, self.resumed = {}, {}, {}, None
         self.compiled, self.values, self.pending, self.interruptible = {}, [], [], False
+        self.told = False
         self.random = torch.Generator(device).manual_seed(args.seed)     # alike on all ranks, see `rand`
         torch.manual_seed(args.seed + rank())                            # for dropout, the only other user of chance
         self.chance = torch.cuda if device.type == "cuda" else torch
@@ -145,6 +158,8 @@ class Trainer:
         except where a value is logged. A loss or gradient that is not finite ends the run with the last good checkpoint
         in place, Ctrl-C or SIGTERM with a fresh one: at once, or on several ranks at the next line of the log."""
         a, since, stop = self.args, time.perf_counter(), False
+        if self.out:
+            warn_if_busy(self.device)
         log_file = os.devnull if rank() or not self.out else self.out / "log.jsonl"
         signals = catch_signals(self) if self.out else contextlib.nullcontext(())    # without files nothing is saved
         lock = contextlib.nullcontext() if rank() or not self.out else claimed(self.out)
@@ -166,6 +181,7 @@ class Trainer:
                     print(json.dumps(entry), file=log, flush=True)
                     shown = {k: f"{means[k]:.3g}" for k in means if k != "grad_norm"}
                     bar.set_postfix(shown | {"img/s": entry["images_per_s"]})
+                    self._tell_long(entry["images_per_s"])
                     since = now
                 paused = time.perf_counter()
                 if self.out and (self._due(a.save_every) or stop):
@@ -177,6 +193,14 @@ class Trainer:
             print(f"stopped at update {self.step} of {a.updates}; saved {self.ckpt}. Go on with: "
                   f"{self._how_to_resume()}")
             sys.exit(130)
+
+    def _tell_long(self, images_per_s):
+        """Say once that a run will take days."""
+        hours = (self.args.updates - self.step) * self.args.batch / max(images_per_s, 1e-9) / 3600
+        if hours > 48 and not self.told:
+            log_stderr(f"\nat this speed the run takes {hours:,.0f} hours more: fewer --updates, a smaller --size or "
+                       f"--model, or a GPU")
+        self.told = True
 
     def _due(self, n):
         """Whether what happens every n updates, and after the last, happens now. n = 0: never."""

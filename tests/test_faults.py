@@ -26,6 +26,7 @@ import data
 import distill
 import fid
 import hooks
+import runtime
 import sample
 import train
 from checkpoint import claimed, load_checkpoint, save_checkpoint
@@ -426,3 +427,42 @@ def test_a_log_is_json_even_for_a_batch_of_one(ckpt, tmp_path):
                   "--out", str(tmp_path / "d"), *CPU])
     for line in (tmp_path / "d" / "log.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+# ---- what a run will be like, told before -------------------------------------------------------------------------
+def test_pictures_of_kinds_that_cant_be_read_are_named(tmp_path, capsys):
+    labelled_images(tmp_path / "d")
+    (tmp_path / "d" / "a" / "IMG_1.HEIC").write_bytes(b"ftypheic")
+    load_data(tmp_path / "d", 8, None, tmp_path / "c")
+    assert "skipped 1 of 11 images that can't be read: a/IMG_1.HEIC" in capsys.readouterr().err
+
+def test_a_few_pictures_are_learned_by_heart(small_run, capsys):
+    train.main([*small_run, "--updates", "2"])
+    assert "by heart" not in capsys.readouterr().out
+    args = train.parse_args([*small_run, "--updates", "1000"])
+    assert train.told_passes(10, args) == ("each image will be seen 800 times, and so many views of so few are learned "
+                                           "by heart: 125 updates would make it 100\n")
+
+def test_a_run_of_months_is_told(small_run, capsys, monkeypatch):
+    steps = iter(range(10))
+    def stop(trainer):
+        if next(steps) == 2:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train, "sample_picture", stop)
+    with exits("130"):
+        train.main([*small_run, "--updates", "1000000000", "--sample-every", "1"])
+    error = capsys.readouterr().err
+    assert len(re.findall(r"at this speed the run takes [\d,]+ hours more", error)) == 1
+
+def test_a_busy_machine_is_told(monkeypatch, capsys):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    for load, threads, told in ((2.0, 2, True), (0.2, 2, False), (2.0, 1, False)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0, 0))
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        runtime.warn_if_busy(cpu)
+        assert ("Try OMP_NUM_THREADS=1" in capsys.readouterr().err) == told
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} {ROOT}/distill.py --dry-run --steps 64 | head -1"
+    child = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert child.stderr == "" and child.returncode == 0 and child.stdout.count("\n") == 1
