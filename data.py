@@ -22,7 +22,7 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -394,10 +394,11 @@ def to_pixels(x):
                         f"If not: --dtype fp32")
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
-def grid(x, columns, labels=()):
+def grid(x, columns, labels=(), heads=()):
     """Images (N, 3, H, W) in [-1, 1] as one PIL image, row by row; small ones enlarged, so that one can see them.
 
-    labels  a short text for each row, written to its left"""
+    labels  a short text for each row, written to its left
+    heads   one for each column, written above it as far as the next one that is not empty"""
     pixels, font = to_pixels(x), ImageFont.load_default(14)
     rows, side = -(-len(pixels) // columns), pixels.shape[1]
     pitch, scale = side + 1, max(1, 64 // side)               # a white line between neighbours
@@ -406,13 +407,20 @@ def grid(x, columns, labels=()):
     pixels = cells.reshape(rows, columns, pitch, pitch, 3).swapaxes(1, 2).reshape(rows * pitch, columns * pitch, 3)
     pixels = pixels[:-1, :-1].repeat(scale, 0).repeat(scale, 1)
     margin = 12 + round(max(map(font.getlength, labels))) if labels else 0
-    image = Image.new("RGB", (pixels.shape[1] + margin, len(pixels)), "white")
-    image.paste(Image.fromarray(pixels), (margin, 0))
+    top = 20 if any(heads) else 0
+    image = Image.new("RGB", (pixels.shape[1] + margin, len(pixels) + top), "white")
+    image.paste(Image.fromarray(pixels), (margin, top))
+    draw, starts = ImageDraw.Draw(image), [*(i for i, text in enumerate(heads) if text), columns]
     for row, text in enumerate(labels):
-        ImageDraw.Draw(image).text((margin - 6, (row * pitch + side / 2) * scale), text, "black", font, anchor="rm")
+        draw.text((margin - 6, top + (row * pitch + side / 2) * scale), text, "black", font, anchor="rm")
+    for here, after in pairwise(starts):
+        text, room = heads[here], (after - here) * pitch * scale - 4
+        while font.getlength(text) > room and len(text) > 1:
+            text = text[:-1]
+        draw.text((margin + here * pitch * scale, 2), text, "black", font)
     return image
 
-def save_grid(x, path, columns, labels=()):
+def save_grid(x, path, columns, labels=(), heads=()):
     """Write a `grid` as a PNG."""
     with whole_file(path) as tmp:                             # a viewer that reloads never sees half a picture
-        grid(x, columns, labels).save(tmp, "PNG")
+        grid(x, columns, labels, heads).save(tmp, "PNG")

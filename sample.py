@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -41,7 +42,7 @@ class Sampler:
     classes  class indices given to image 0, 1, 2 … in turn, or None for an unconditional model;  w  their guidance"""
 
     def __init__(self, net, state, device="cpu", dtype="fp32", classes=None, w=1.0, seed=0):
-        self.xhat, self.shape = Denoiser.of(net, state), state["shape"]
+        self.xhat, self.shape, self.names = Denoiser.of(net, state), state["shape"], state.get("classes")
         self.device, self.dtype, self.classes, self.w, self.seed = torch.device(device), dtype, classes, w, seed
         self.autoencoder = autoencoder_of(state, device) if "ldm" in state else None
         self.image_shape = [3, image_size(state), image_size(state)] if self.autoencoder else self.shape
@@ -50,6 +51,12 @@ class Sampler:
     def labels(self, indices):
         """The classes (B,) of images number `indices`, on the device, or None."""
         return self.classes and torch.tensor([self.classes[i % len(self.classes)] for i in indices], device=self.device)
+
+    def class_names(self, indices):
+        """The class of each image number `indices`, in words; empty without classes."""
+        if not self.classes:
+            return [""] * len(indices)
+        return [self.names[y] if self.names else str(y) for y in self.labels(indices).tolist()]
 
     def __call__(self, indices, steps):
         """Images number `indices` (B, 3, H, W) in about [-1, 1], float32 on the device."""
@@ -77,18 +84,24 @@ class Sampler:
             return torch.cat([self.autoencoder.decode(z.to(self.device)) for z in x.split(self.decode_batch)])
 
 def draw_grid(samplers, steps, n, path):
-    """One PNG: a row for every step count and, in it, every model; the same n noises in every row. Rank 0 draws it.
+    """One PNG of every model at every step count, always from the same n noises. Rank 0 draws it.
+
+    One or two models: a row for each step count and model, so that before and after lie under each other. More: a row
+    for each step count, the models side by side in it.
 
     samplers  {name: Sampler} of models that draw images of one shape"""
     if rank():
         return
-    rows, labels = [], []
+    rows, labels, aside = [], [], len(samplers) > 2
     with progress(total=sum(steps) * len(samplers), desc="sampling", unit="step") as bar:
         for s, (name, sampler) in product(steps, samplers.items()):
             rows.append(sampler(range(n), s).cpu())
-            labels.append(f"{s} {name}" if len(samplers) > 1 else f"{s} step{'s' * (s > 1)}")
+            labels.append(f"{s} {name}" if len(samplers) == 2 else f"{s} step{'s' * (s > 1)}")
             bar.update(s)
-    save_grid(torch.cat(rows), path, columns=n, labels=labels)
+    heads = [text for name, sampler in samplers.items() for text in ([name] + [""] * (n - 1) if aside else
+                                                                     sampler.class_names(range(n)))]
+    count = len(samplers) if aside else 1
+    save_grid(torch.cat(rows), path, count * n, labels[::count], heads[:count * n])
 
 # ---- many images ----------------------------------------------------------------------------------------
 class Samples:
@@ -193,7 +206,8 @@ def parse_args(argv=None):
                    help="models, or folders of runs: a row for each in every step count (default: out/train/ckpt.pt)")
     g.add_argument("--steps", type=at_least(1), nargs="+", default=[2, 4, 8, 64], metavar="N",
                    help="network evaluations per image, each a row of the grid (default: 2 4 8 64)")
-    g.add_argument("-n", type=at_least(1), metavar="N", help="columns of the grid (default: 10), or images to --save")
+    g.add_argument("-n", type=at_least(1), metavar="N",
+                   help="noises in the grid (default: 10, of more than two models 4), or images to --save")
     g.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
     g.add_argument("--class", dest="classes", nargs="+", metavar="C",
                    help="classes, by name or number, given to the images in turn (default: all of them)")
@@ -268,10 +282,15 @@ def main(argv=None):
             samples = None if rank() else Samples(path, args.n, sampler, settings, args.overwrite)
             save_images(sampler, args.steps[0], args.n, args.batch, samples)
     else:
-        path = path if path.suffix == ".png" else path / "grid.png"
+        path = path if path.suffix == ".png" else path / grid_name(args)
         check_writable(path.parent)
-        draw_grid(samplers, args.steps, args.n or 10, path)
+        draw_grid(samplers, args.steps, args.n or (10 if len(samplers) < 3 else 4), path)
     print(f"wrote {path}{describe_history(state) if len(samplers) == 1 else ''}")
+
+def grid_name(args):
+    """grid.png, or with what was asked for in its name: grid-cat-dog-w3.png."""
+    asked = ["grid", *(args.classes or []), *([f"w{args.guidance:g}"] if args.guidance != 1 else [])]
+    return re.sub(r"[^\w.-]", "_", "-".join(asked)) + ".png"
 
 def describe_history(state):
     """What was done to a distilled model, as the end of a sentence; nothing for one that was only trained."""

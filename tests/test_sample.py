@@ -88,6 +88,25 @@ def test_models_stand_under_each_other_in_every_step_count(ckpt, tmp_path):
     assert len(grid) == 35 and (rows[0] == rows[1]).all() and (rows[2] == rows[3]).all()
     assert np.abs(rows[1] - rows[2]).max() > 1
 
+def test_many_models_stand_side_by_side_in_every_step_count(ckpt, tmp_path):
+    for name in ("second", "third"):
+        (tmp_path / name).mkdir()
+        make_checkpoint(tmp_path / name / "ckpt.pt")
+    flags = ["--steps", "1", "4", "-n", "2", "--out", str(tmp_path / "g.png")]
+    script.main([*ckpt, *flags, "--ckpt", ckpt[1], str(tmp_path / "second"), str(tmp_path / "third")])
+    grid = np.asarray(Image.open(tmp_path / "g.png"))
+    assert (grid[:20, -6 * 72:] < 128).any()                  # the names above
+    grid = grid[20:, grid.shape[1] - 53 * 8:][::8, ::8].astype(int)
+    blocks = [grid[:, 18 * i:18 * i + 17] for i in range(3)]
+    assert len(grid) == 17 and (blocks[0] == blocks[1]).all() and (blocks[1] == blocks[2]).all()
+    assert np.abs(grid[:8] - grid[9:]).max() > 1
+
+def test_a_grid_of_classes_says_which_and_its_file_too(ckpt3, tmp_path):
+    script.main([*ckpt3, "--steps", "1", "-n", "3"])
+    script.main([*ckpt3, "--steps", "1", "-n", "3", "--class", "dog", "--guidance", "2.5"])
+    every, dog = (np.asarray(Image.open(tmp_path / name)) for name in ("grid.png", "grid-dog-w2.5.png"))
+    assert every.shape == dog.shape and (every[:20, -200:] != dog[:20, -200:]).any()
+
 def test_models_of_different_sizes_need_a_grid_each(ckpt, tmp_path):
     state = torch.load(ckpt[1]) | {"shape": [3, 16, 16]}
     save_checkpoint(tmp_path / "big.pt", state)
