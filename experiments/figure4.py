@@ -21,12 +21,13 @@ def main(argv=None):
     p.add_argument("--out", default=str(ROOT / "docs" / "figure4.png"), metavar="PNG", help="the picture")
     given = p.parse_args(argv)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for name in (name for name, method in METHODS.items() if not method.shortcut):
+    for i, name in enumerate(name for name, method in METHODS.items() if not method.shortcut):
         args = distill.parse_args(["--ldm", "celebahq256", "--ckpt", "x", "--schedule", name,         # Table 3's rates
                                    "--updates", str(given.updates), "--steps", str(given.steps)])
         depths, _, share, weighted = zip(*shares(args), strict=True)
         for axis, values in zip(axes, (share, weighted), strict=True):
-            axis.plot(depths, values, marker="o", markersize=4, alpha=0.7, label=name)
+            # Some plans are equal: the first curves are broad, so that the last ones do not hide them.
+            axis.plot(depths, values, marker="o", markersize=9 - 1.3 * i, linewidth=8 - 1.3 * i, alpha=0.7, label=name)
     for axis, title in zip(axes, ("share of updates", "weighted by the learning rate"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="depth N (a step is 1/N)", title=title)
         axis.set_xticks(halves(given.steps), halves(given.steps))
