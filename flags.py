@@ -65,6 +65,8 @@ def run_flags(g):
     g.add_argument("--log-every", type=at_least(1), metavar="N", help="updates between two lines of the log")
     g.add_argument("--sample-every", type=at_least(0), metavar="N", help="updates between two pictures; 0: none")
     g.add_argument("--save-every", type=at_least(1), metavar="N", help="updates between two checkpoints")
+    g.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
+                   help="write OUT's log and pictures for TensorBoard too, which is a package of its own")
     g.add_argument("--lr-end", type=positive,
                    help="where the rate falls to, along a cosine (default: in distill.py to a tenth, in train.py "
                         "with --shortcut to a hundredth, else it stays)")

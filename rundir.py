@@ -6,18 +6,59 @@
 
 import contextlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from checkpoint import claimed, load_checkpoint, whole_file
 from runtime import rank, ranks
 
-RUN_FILES = re.compile(r"(ckpt\.pt|log\.jsonl|samples-\d{6,}\.png)(\.\d+\.tmp)?")
+RUN_FILES = re.compile(r"(ckpt\.pt|log\.jsonl|samples-\d{6,}\.png)(\.\d+\.tmp)?|events\.out\.tfevents\.[\w.-]+")
 
 def files_of_run(out):
     """What this project wrote into the folder of a run, by its exact names: nothing else is ever deleted."""
     return [f for f in (out.iterdir() if out.is_dir() else ()) if RUN_FILES.fullmatch(f.name)]
+
+class Log:
+    """OUT/log.jsonl, open for a `with` block, and TensorBoard's file of the same values and of the pictures if wanted.
+
+    out   the folder; None: nothing is written"""
+
+    def __init__(self, out, tensorboard=False):
+        self.out, self.board = out, None
+        if out and tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                sys.exit("error: --tensorboard needs the package tensorboard: pip install tensorboard")
+            self.board = SummaryWriter(out)
+
+    def __enter__(self):
+        self.file = open(os.devnull if self.out is None else self.out / "log.jsonl", "a")
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+    def write(self, entry):
+        """One line: {name: value} with the update as `step`."""
+        print(json.dumps(entry), file=self.file, flush=True)
+        if not self.board:
+            return
+        step, at = entry["step"], entry.get("fake", {}).get("steps")
+        for name, value in entry.items():
+            if isinstance(value, (int, float)) and name not in ("step", "hooks"):
+                self.board.add_scalar(f"{name} at {at} steps" if at else name, value, step)
+        picture = self.out / f"samples-{step:06d}.png"
+        if "hooks" in entry and picture.exists():
+            self.board.add_image("samples", np.asarray(Image.open(picture)), step, dataformats="HWC")
+        self.board.flush()
 
 def read_log(out):
     """The lines of a run's log that are whole, as dicts."""

@@ -14,9 +14,7 @@ The loops themselves stand in train.py and distill.py.
 
 import contextlib
 import copy
-import json
 import math
-import os
 import signal
 import sys
 import time
@@ -30,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import claimed, save_checkpoint
 from ddim import SCHEDULES, Denoiser
-from rundir import hooks_are_done, what_is_kept
+from rundir import Log, hooks_are_done, what_is_kept
 from runtime import (
     all_gather,
     autocast,
@@ -160,10 +158,9 @@ class Trainer:
         a, since, stop = self.args, time.perf_counter(), False
         if self.out:
             warn_if_busy(self.device)
-        log_file = os.devnull if rank() or not self.out else self.out / "log.jsonl"
         signals = catch_signals(self) if self.out else contextlib.nullcontext(())    # without files nothing is saved
         lock = contextlib.nullcontext() if rank() or not self.out else claimed(self.out)
-        with (signals as stopped, lock, open(log_file, "a") as log,
+        with (signals as stopped, lock, Log(None if rank() else self.out, a.tensorboard) as log,
               progress(total=a.updates, initial=self.step, unit="update") as bar):
             if self.resumed and broadcast(not hooks_are_done(self.resumed, self.out)):
                 self._call_hooks(log)                         # a run that was killed while they worked lost them
@@ -178,7 +175,7 @@ class Trainer:
                     now = time.perf_counter()
                     entry = {"step": self.step} | means | (self.watch(self) if self.watch else {})
                     entry |= dict(lr=lr, images_per_s=round(count * a.batch / (now - since), 1))
-                    print(json.dumps(entry), file=log, flush=True)
+                    log.write(entry)
                     shown = {k: f"{means[k]:.3g}" for k in means if k != "grad_norm"}
                     bar.set_postfix(shown | {"img/s": entry["images_per_s"]})
                     self._tell_long(entry["images_per_s"])
@@ -215,7 +212,7 @@ class Trainer:
             self.interruptible = True
             for hook in due:
                 for entry in hook(self) or []:
-                    print(json.dumps({"step": self.step} | entry), file=log, flush=True)
+                    log.write({"step": self.step} | entry)
         except KeyboardInterrupt:
             self.save()
             print(f"stopped at the pictures and scores of update {self.step}; saved {self.ckpt}. To make them: "
@@ -224,7 +221,7 @@ class Trainer:
         finally:
             self.interruptible = False
         if due or self.step == self.args.updates:
-            print(json.dumps({"step": self.step, "hooks": len(due)}), file=log, flush=True)
+            log.write({"step": self.step, "hooks": len(due)})
 
     def _how_to_resume(self):
         again = "torchrun …" if ranks() > 1 else "python"
