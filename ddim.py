@@ -18,6 +18,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+WITHOUT_FLOAT64 = {"mps"}                                     # devices of Apple's GPUs
+
 # ---- noise schedules ----------------------------------------------------------------------------
 class Schedule:
     """α_t and σ_t for t in [0, 1], and the times at which N DDIM steps look at the network.
@@ -34,7 +36,8 @@ class Schedule:
         has the precision of t (a float counts as float64, which as a scalar leaves images as they are)."""
         t = torch.as_tensor(t, dtype=None if torch.is_tensor(t) else torch.float64)
         shape = (-1, 1, 1, 1) if t.ndim else ()
-        return tuple(f(t.double()).to(t.dtype).reshape(shape) for f in (self.alpha, self.sigma))
+        exact = t if t.device.type in WITHOUT_FLOAT64 else t.double()
+        return tuple(f(exact).to(t.dtype).reshape(shape) for f in (self.alpha, self.sigma))
 
     def log_snr(self, t):
         """λ_t = log(α_t² / σ_t²) (Algorithms 1 and 2), kept within ±20 so that it is finite at t = 0 and 1."""
@@ -73,7 +76,7 @@ class LDMDiscrete(Schedule):
         self.alpha2 = torch.from_numpy(np.cumprod(1 - betas).astype(np.float32).astype(np.float64))
 
     def alpha(self, t):
-        self.alpha2 = self.alpha2.to(t.device)                # once: a GPU waits for each copy
+        self.alpha2 = self.alpha2.to(t.device, t.dtype)       # once: a GPU waits for each copy
         return self.alpha2[(self.length * t).round().long().clamp(0, self.length - 1)].sqrt()
 
     def shown(self, t):

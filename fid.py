@@ -36,6 +36,7 @@ from PIL import Image
 
 from checkpoint import check_writable, claimed, whole_file
 from data import DataError, eight_bits, load_data, locked, open_source, to_pixels
+from ddim import WITHOUT_FLOAT64
 from flags import at_least, checkpoint, device_flags, seed
 from inception import RANDOM, SHA256, load_features
 from ldm import image_size, ldm_flag, model_hash
@@ -110,10 +111,11 @@ def statistics_of_batches(batches, n, features, provenance, desc, splits=10):
     if n < 2:
         sys.exit(f"error: {desc}: a covariance needs at least two images")
     classes, dim = features.net.fc.weight.shape
-    zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=features.device)  # noqa: E731
+    home = "cpu" if features.device.type in WITHOUT_FLOAT64 else features.device
+    zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=home)  # noqa: E731
     total, outer, split_sums = zeros(dim), zeros(dim, dim), zeros(splits, 2 + classes)
-    split, chosen = split_numbers(n, splits).to(features.device), chosen_for_kid(n)
-    kid_features = torch.zeros(len(chosen), dim, device=features.device)
+    split, chosen = split_numbers(n, splits).to(home), chosen_for_kid(n)
+    kid_features = torch.zeros(len(chosen), dim, device=home)
     shades = np.zeros(256, np.int64)                          # how often each value of a pixel occurs
     sides = np.zeros((2, 2), np.int64)                        # sums of the heights and widths, and of their squares
     def counted(images):
@@ -123,7 +125,7 @@ def statistics_of_batches(batches, n, features, provenance, desc, splits=10):
             yield image
     with progress(total=n, desc=desc, unit="img") as bar:
         for start, images in batches:
-            pooled, logits = features(counted(images))
+            pooled, logits = (x.to(home) for x in features(counted(images)))
             if not pooled.isfinite().all():
                 sys.exit(f"error: {desc}: features are not finite; the images, or the weights, are not usable")
             x, end = pooled.double(), start + len(pooled)

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 # ---- device and precision -------------------------------------------------------------------------------
 def pick_device(name="auto"):
-    """`--device`: a torch device; auto takes CUDA, else the CPU. Exits if it can't be used.
+    """`--device`: a torch device; auto takes CUDA, else Apple's MPS, else the CPU. Exits if it can't be used.
 
     Under torchrun each process gets a GPU of its own, or its part of the cores, and meets the others here."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"             # whatever number was asked for: it can't serve all
     try:

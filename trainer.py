@@ -63,7 +63,8 @@ class Trainer:
         self.net.checkpointing = args.checkpointing
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.shared = DistributedDataParallel(self.net, gradient_as_bucket_view=True) if ranks() > 1 else self.net
-        self.opt = torch.optim.Adam(self.net.parameters(), lr=args.lr, betas=tuple(args.betas), fused=True)
+        self.opt = torch.optim.Adam(self.net.parameters(), lr=args.lr, betas=tuple(args.betas),
+                                    fused=device.type in ("cpu", "cuda"))
         self.schedule = SCHEDULES[model_info["schedule"]]()
         self.step, self.hooks, self.watch = 0, hooks, None
         self.extra_state, self.averages, self.carried, self.resumed = {}, {}, {}, None

@@ -94,3 +94,30 @@ def test_sampling_never_waits_for_the_gpu(network):
     z, y = batch()
     with NoWaiting():
         ddim_sample(xhat, z, 4, y, w=2.0)
+
+# ---- devices without float64 --------------------------------------------------------------------------------------
+class NoFloat64(TorchDispatchMode):
+    """Stands for Apple's MPS, which has no float64, by the device "meta"."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, out)):
+            assert not (torch.is_tensor(x) and x.device.type == "meta" and x.dtype == torch.float64), func
+        return out
+
+@pytest.mark.parametrize("schedule", ["dsdi", "pd", "shortcut"])
+@pytest.mark.parametrize("diffusion", ["cosine", "ldm"])
+def test_no_loop_needs_float64_on_mps(network, monkeypatch, schedule, diffusion):
+    monkeypatch.setattr("ddim.WITHOUT_FLOAT64", {"meta"})
+    args = distill.parse_args(["--schedule", schedule, "--steps", "4", "--updates", "3"])
+    vars(args).update(batch=8, dtype="fp32", out=None)
+    net = network(step_length=schedule == "shortcut")
+    trainer = NeverWaiting(args, net, META, MODEL_INFO | dict(schedule=diffusion))
+    trainer.schedule(torch.zeros(1, device=META))             # LDM's table is copied once
+    with NoFloat64():
+        distill.loop_of(schedule)(trainer, plan(schedule, 4, 3), iter(batch, None))
+        ddim_sample(trainer.denoiser(), batch()[0], 4)
+    args = train.parse_args(["--updates", "2", "--batch", "8", "--dtype", "fp32"])
+    args.out = None
+    with NoFloat64():
+        train.train(NeverWaiting(args, network(), META, MODEL_INFO), iter(batch, None), 0.15)
