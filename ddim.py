@@ -74,10 +74,12 @@ class LDMDiscrete(Schedule):
         betas = np.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, self.length) ** 2
         # The original keeps this table in float32, and its samples depend on those digits.
         self.alpha2 = torch.from_numpy(np.cumprod(1 - betas).astype(np.float32).astype(np.float64))
+        self.tables = {}                                      # copies of it by device
 
     def alpha(self, t):
-        self.alpha2 = self.alpha2.to(t.device, t.dtype)       # once: a GPU waits for each copy
-        return self.alpha2[(self.length * t).round().long().clamp(0, self.length - 1)].sqrt()
+        if t.device not in self.tables:                       # once: a GPU waits for each copy
+            self.tables[t.device] = self.alpha2.to(t.device, t.dtype)
+        return self.tables[t.device][(self.length * t).round().long().clamp(0, self.length - 1)].sqrt()
 
     def shown(self, t):
         """The very step whose α is used: the network was trained on whole steps 0 … 999."""
