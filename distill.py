@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from curves import draw_curves
 from data import load_data
 from ddim import WEIGHTS, Denoiser, ddim_target
 from flags import at_least, checkpoint, fraction, optimiser_flags, out_flags, parse_with_saved, run_flags, score_flags
@@ -132,6 +133,8 @@ RATES = {"dsdn": 1e-5, "dsdi": 1e-5, "dsdgl": 5e-6, "dsdgexp": 5e-6, "tsd": 1e-4
 SHORTCUT = dict(updates=600, lr=1e-3, warmup=30, ema=0.95, target_ema=0.95,
                 guidance=[2.0, 2.0])
 
+OWN_RATES = [*RATES.items(), ("shortcut", SHORTCUT["lr"])]     # as --help shows them
+
 # For LDM's models: Table 3. It has no batch, and no length of the warm-up: those are ours.
 TABLE3 = dict(updates=4000, batch=8, lr=1e-6, warmup=100, betas=[0.9, 0.98], ema=0.995, log_every=20, sample_every=1000,
               save_every=500)
@@ -151,7 +154,8 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("the method")
-    g.add_argument("--schedule", choices=METHODS, default="dsdi", help="the method (default: dsdi)")
+    g.add_argument("--schedule", choices=METHODS, default="dsdi",
+                   help=f"the method (default: dsdi); their own rates: {', '.join(f'{m} {r:g}' for m, r in OWN_RATES)}")
     g.add_argument("--ckpt", type=checkpoint, default="out/train/ckpt.pt", metavar="FILE",
                    help="the model to distil, or its folder; from its averaged weights (default: %(default)s)")
     ldm_flag(g)
@@ -274,7 +278,7 @@ def main(argv=None):
     if method.shortcut and net.config.classes:
         model_info["guidance"] = args.guidance[0]
     torch.manual_seed(args.seed)
-    hooks = [(args.sample_every or args.updates, compare_picture)]
+    hooks = [(args.sample_every or args.updates, compare_picture), (args.updates, draw_curves)]
     if args.fid_every:
         hooks.append((args.fid_every, scorer(args, images, device, SHOWN[:-1])))
     trainer = Trainer(args, net.requires_grad_(True), device, model_info, hooks, ema_warmup=False)

@@ -65,6 +65,10 @@ def locate(plan, step):
         step -= updates
     raise IndexError("the plan is spent")
 
+def late(depth, updates):
+    """How many of the first updates at a depth begin at t <= 1/2: in the second half of a trajectory."""
+    return sum(4 * (u % (depth // 2)) >= depth for u in range(updates))
+
 def shares(args):
     """[(N_i, updates, share of the updates, share weighted by their learning rates)] of a plan (Figure 4)."""
     rows, step, rates = plan(args.schedule, args.steps, args.updates), 0, []
@@ -76,8 +80,12 @@ def shares(args):
 def print_plan(args):
     """Print the plan as a table: Figure 4 in numbers."""
     print(f"{args.schedule}: {args.updates:,} updates of {args.batch}, from {args.steps} steps\n")
-    print(" depth  updates   share  by rate  trajectories")
+    print(" depth  updates   share  by rate  trajectories  at t <= 1/2")
+    walked = not METHODS[args.schedule].data                  # PD draws its t
     for depth, updates, share, weighted in shares(args):
-        walks = "-" if METHODS[args.schedule].data else -(-updates // (depth // 2))
-        print(f"{depth:6d} {updates:8,d} {share:7.1%} {weighted:8.1%} {walks:>13}")
+        walks, end = (f"{2 * updates / depth:.2f}", f"{late(depth, updates):,}") if walked else ("-", "-")
+        print(f"{depth:6d} {updates:8,d} {share:7.1%} {weighted:8.1%} {walks:>13} {end:>12}")
+    if walked:
+        end = sum(late(depth, updates) for depth, updates, *_ in shares(args))
+        print(f"\n{end / args.updates:.0%} of the updates are made in the second half of a trajectory, at t <= 1/2")
     print("\nFor all methods, as a picture: python experiments/figure4.py")

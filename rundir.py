@@ -17,7 +17,8 @@ from PIL import Image
 from checkpoint import claimed, load_checkpoint, whole_file
 from runtime import rank, ranks
 
-RUN_FILES = re.compile(r"(ckpt\.pt|log\.jsonl|samples-\d{6,}\.png)(\.\d+\.tmp)?|events\.out\.tfevents\.[\w.-]+")
+RUN_FILES = re.compile(r"(ckpt\.pt|log\.jsonl|curves\.png|samples-\d{6,}\.png)(\.\d+\.tmp)?"
+                       r"|events\.out\.tfevents\.[\w.-]+")
 
 def files_of_run(out):
     """What this project wrote into the folder of a run, by its exact names: nothing else is ever deleted."""

@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import torch
 
+from curves import draw_curves
 from data import load_data, save_grid
 from ddim import ddim_sample, ddim_target, start_noise, to_x
 from flags import at_least, fraction, optimiser_flags, out_flags, parse_with_saved, positive, run_flags, score_flags
@@ -173,7 +174,7 @@ def main(argv=None):
     if args.classes and state:
         images.number_as(state["classes"])
     classes = list(images.classes) if args.classes else []
-    hooks = [(args.sample_every, sample_picture)]
+    hooks = [(args.sample_every, sample_picture), (args.updates, draw_curves)]
     if args.fid_every:
         from hooks import scorer  # not at the top: it loads the network of the scores
         hooks.append((args.fid_every, scorer(args, images, device, [args.sample_steps])))

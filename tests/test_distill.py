@@ -317,7 +317,7 @@ def test_the_command_line_end_to_end(schedule, ckpt, tmp_path, monkeypatch, caps
     if schedule == "pd":
         cache += ["--data", labelled_images(tmp_path / "data")]
     distill.main(["--schedule", schedule, *flags(ckpt, out), *cache])
-    assert sorted(p.name for p in out.iterdir()) == ["ckpt.pt", "log.jsonl", "samples-000012.png"]
+    assert sorted(p.name for p in out.iterdir()) == ["ckpt.pt", "curves.png", "log.jsonl", "samples-000012.png"]
     assert ckpt.read_bytes() == source
     log = log_of(out)
     assert [e["step"] for e in log] == list(range(1, 13)) and all(math.isfinite(e["loss"]) for e in log)

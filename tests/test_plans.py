@@ -1,6 +1,7 @@
 """plans.py: the depths and budgets of section 4.1.1, and the table of Figure 4."""
 
 import math
+import re
 import types
 
 import pytest
@@ -61,5 +62,14 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     text = capsys.readouterr().out
     rows = [line.split() for line in text.splitlines() if line[:6].strip().isdigit()]
     assert [r[:2] for r in rows] == [[str(d), "100"] for d in (64, 32, 16, 8, 4, 2)]
-    assert [r[-1] for r in rows] == ["4", "7", "13", "25", "50", "100"]              # ceil(100 / (N/2)) walks
+    assert [r[-2] for r in rows] == ["3.12", "6.25", "12.50", "25.00", "50.00", "100.00"]             # of N / 2 updates
     assert not (tmp_path / "p").exists()
+
+@pytest.mark.parametrize("updates,share", [(128, "5%"), (4000, "45%")])
+def test_dry_run_tells_how_much_is_learned_near_the_data(updates, share, capsys):
+    """A plan for few updates is no small copy of one for many: its trajectories never arrive."""
+    distill.main(["--schedule", "dsdgl", "--dry-run", "--updates", str(updates)])
+    out = capsys.readouterr().out
+    assert f"{share} of the updates are made in the second half of a trajectory" in out
+    if updates == 128:
+        assert re.search(r"^ +64 +4 +3.1% +1.2% +0.12 +0$", out, re.M) and re.search(r"^ +2 +4 .* 4.00 +0$", out, re.M)

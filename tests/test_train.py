@@ -20,7 +20,7 @@ def test_a_run_leaves_checkpoint_log_and_picture(small_run, tmp_path, capsys):
     train.main([*small_run, "--updates", "7", "--distill", "0.15", "--sample-every", "3"])
     out = tmp_path / "out"
     assert sorted(p.name for p in out.iterdir()) == [
-        "ckpt.pt", "log.jsonl", "samples-000003.png", "samples-000006.png", "samples-000007.png"]
+        "ckpt.pt", "curves.png", "log.jsonl", "samples-000003.png", "samples-000006.png", "samples-000007.png"]
     log = log_of(out)
     assert [e["step"] for e in log] == [1, 2, 3, 4, 5, 6, 7]
     assert log[0].keys() == {"step", "loss", "grad_norm", "v", "x", "lr", "images_per_s"}

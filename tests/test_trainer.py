@@ -3,12 +3,14 @@
 import dataclasses
 import math
 import signal
+import sys
 import time
 import types
 
 import pytest
 import torch
 from conftest import SMALL_RUN, log_of, same, start
+from PIL import Image
 from torch.testing import assert_close
 
 import train
@@ -212,3 +214,11 @@ def test_tensorboard_has_the_values_and_pictures_of_the_log(small_run, tmp_path)
     assert [e.step for e in board.Images("samples")] == [2, 4]
     train.main([*small_run, "--updates", "1", "--overwrite"])
     assert not list((tmp_path / "out").glob("events*"))
+
+def test_a_run_leaves_a_picture_of_its_log_where_matplotlib_is(small_run, tmp_path, monkeypatch):
+    train.main([*small_run, "--updates", "3"])
+    with Image.open(tmp_path / "out" / "curves.png") as picture:
+        assert picture.width == 3 * 400                       # loss, gradient, rate
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    train.main([*small_run, "--updates", "3", "--overwrite"])
+    assert not (tmp_path / "out" / "curves.png").exists()
