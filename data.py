@@ -329,7 +329,10 @@ class Images:
     """A packed data set, mapped into memory. Raises DataError if its file of pixels is damaged.
 
     pixels  (N, H, W, 3) uint8;  labels  (N,) int32, -1 where there are none;  classes  names, [] if no labels
-    folder  where it lies;  preparation  how the pixels were made of the source's, in words"""
+    folder  where it lies;  preparation  how the pixels were made of the source's, in words
+    channels  of the batches: 3, or 1 for the lightness alone"""
+
+    channels = 3
 
     def __init__(self, folder):
         meta = json.loads((folder / "meta.json").read_text())
@@ -354,7 +357,7 @@ class Images:
 
     def digest(self):
         """Tells one data set from another: a hash of all labels and of a few hundred images."""
-        some = self.pixels[np.linspace(0, len(self) - 1, 256).astype(int)]
+        some = self.pixels[self._some()]
         return hashlib.sha256(self.labels.tobytes() + some.tobytes()).hexdigest()[:16]
 
     def batch(self, step, size, seed, flip=True, share=(0, 1)):
@@ -369,10 +372,20 @@ class Images:
         return self.read(index, mirrored), torch.from_numpy(self.labels[index]).long()
 
     def read(self, index, mirrored):
-        """Images number `index` (B,) as (B, 3, H, W) in [-1, 1]; those in the mask `mirrored` (B,) as in a mirror."""
+        """Images number `index` (B,) as (B, channels, H, W) in [-1, 1]; those in the mask `mirrored` (B,) mirrored."""
         pixels = self.pixels[index]
         pixels[mirrored] = pixels[mirrored, :, ::-1]
+        if self.channels == 1:                                # as PIL makes greyscale: ITU-R 601
+            pixels = np.rint(pixels @ np.float32([0.299, 0.587, 0.114]))[..., None]
         return to_tensor(pixels)
+
+    def grey(self):
+        """Whether a few hundred of the images have no colour."""
+        some = self.pixels[self._some()]
+        return bool((some == some[..., :1]).all())
+
+    def _some(self):
+        return np.linspace(0, len(self) - 1, 256).astype(int)
 
 @lru_cache(maxsize=2)                                         # a batch may run across the end of an epoch
 def _epoch(n, seed, epoch):
@@ -387,12 +400,13 @@ def to_tensor(pixels):
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1)
 
 def to_pixels(x):
-    """(N, 3, H, W) in [-1, 1] to (N, H, W, 3) uint8, clipped and rounded. Raises DataError if a value is not finite."""
+    """(N, 3 or 1, H, W) in [-1, 1] to (N, H, W, 3) uint8, clipped and rounded. Raises DataError if it is not finite."""
     bad = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
     if bad:
         raise DataError(f"error: image {bad[0]} of {len(x)} is not finite (NaN): are the model's weights? "
                         f"If not: --dtype fp32")
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
+    return pixels.expand(-1, -1, -1, 3).numpy()
 
 def grid(x, columns, labels=(), heads=()):
     """Images (N, 3, H, W) in [-1, 1] as one PIL image, row by row; small ones enlarged, so that one can see them.

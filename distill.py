@@ -286,6 +286,7 @@ def main(argv=None):
         trainer.load(state)
     steps, stream = plan(args.schedule, args.steps, args.updates), None
     if reads:
+        images.channels = 3 if args.ldm else source["shape"][0]
         model_info["data"] = data_of_run(images, state)
         data = Latents(images, source, device, args.dtype) if args.ldm else images
         stream = batches(data, args, trainer.step, device)

@@ -45,7 +45,7 @@ class Sampler:
         self.xhat, self.shape, self.names = Denoiser.of(net, state), state["shape"], state.get("classes")
         self.device, self.dtype, self.classes, self.w, self.seed = torch.device(device), dtype, classes, w, seed
         self.autoencoder = autoencoder_of(state, device) if "ldm" in state else None
-        self.image_shape = [3, image_size(state), image_size(state)] if self.autoencoder else self.shape
+        self.image_shape = [3, image_size(state), image_size(state)]     # greyscale is saved as RGB
         self.decode_batch = 8 if self.device.type == "cuda" else 1            # a 256x256 image needs 0.2 GB for it
 
     def labels(self, indices):

@@ -120,6 +120,7 @@ def parse_args(argv=None):
     g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half (default: on)")
     g.add_argument("--guidance", type=float, default=1.0, metavar="W",
                    help="with --shortcut and --classes: the guidance that is built into jumps (default: 1, none)")
+    g.add_argument("--channels-in", type=int, choices=[1, 3], help="greyscale or RGB (default: as the images are)")
     g.add_argument("--classes", action=argparse.BooleanOptionalAction, default=False,
                    help="condition on the labels (sub-folders), one in ten dropped, for guidance")
     g = p.add_argument_group("the model (each of these beats what --model says)")
@@ -174,14 +175,17 @@ def main(argv=None):
     if args.classes and state:
         images.number_as(state["classes"])
     classes = list(images.classes) if args.classes else []
+    images.channels = args.channels_in or (state["shape"][0] if state else 1 if images.grey() else 3)
+    if images.channels == 1 and not args.channels_in:
+        print("the images have no colour: a model of one channel (--channels-in 3 makes one of three)")
     hooks = [(args.sample_every, sample_picture), (args.updates, draw_curves)]
     if args.fid_every:
         from hooks import scorer  # not at the top: it loads the network of the scores
         hooks.append((args.fid_every, scorer(args, images, device, [args.sample_steps])))
     torch.manual_seed(args.seed)
-    model_info = dict(schedule="cosine", predicts="v", shape=[3, args.size, args.size], classes=classes,
+    model_info = dict(schedule="cosine", predicts="v", shape=[images.channels, args.size, args.size], classes=classes,
                       guidance=args.guidance, data=data_of_run(images, state))
-    net = UNet(replace(config, classes=len(classes), step_length=args.shortcut))
+    net = UNet(replace(config, classes=len(classes), step_length=args.shortcut, in_channels=images.channels))
     trainer = Trainer(args, net, device, model_info, hooks)
     if state:
         trainer.load(state)

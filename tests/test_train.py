@@ -7,10 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, log_of
+from conftest import ROOT, SMALL_RUN, labelled_images, log_of
 from PIL import Image
 from torch.testing import assert_close
 
+import distill
+import sample
 import train
 from checkpoint import load_checkpoint, load_model
 from data import load_data
@@ -138,3 +140,31 @@ def test_compiled_training_learns_the_same(small_run, tmp_path, monkeypatch):
     a, b = (load_model(tmp_path / name / "ckpt.pt")[0] for name in ("plain", "compiled"))
     z = torch.randn(2, 3, 8, 8)
     assert_close(Denoiser(a, Cosine())(z, 0.5), Denoiser(b, Cosine())(z, 0.5), rtol=1e-3, atol=1e-3)
+
+# ---- greyscale ------------------------------------------------------------------------------------------
+def test_greyscale_images_make_a_model_of_one_channel(small_run, tmp_path, capsys):
+    for f in (tmp_path / "data").rglob("*.png"):
+        Image.open(f).convert("L").save(f)
+    train.main([*small_run, "--updates", "2", "--sample-every", "2"])
+    assert "the images have no colour: a model of one channel" in capsys.readouterr().out
+    ckpt, cpu = str(tmp_path / "out" / "ckpt.pt"), ["--device", "cpu", "--dtype", "fp32"]
+    assert load_checkpoint(ckpt)["shape"] == [1, 8, 8]
+    sample.main(["--ckpt", ckpt, "--steps", "2", "-n", "3", "--save", str(tmp_path / "x.npz"), *cpu])
+    saved = np.load(tmp_path / "x.npz")["arr_0"]
+    assert saved.shape == (3, 8, 8, 3) and (saved == saved[..., :1]).all() and saved.std() > 1
+    for schedule in ("pd", "shortcut"):
+        distill.main(["--ckpt", ckpt, "--schedule", schedule, "--steps", "4", "--updates", "2", "--batch", "4", *cpu,
+                      "--pool", "4", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / schedule)])
+        assert load_checkpoint(tmp_path / schedule / "ckpt.pt")["shape"] == [1, 8, 8]
+    train.main([*small_run, "--updates", "3", "--resume"])
+    train.main([*small_run, "--updates", "1", "--overwrite", "--channels-in", "3"])
+    assert load_checkpoint(ckpt)["shape"] == [3, 8, 8]
+
+def test_the_lightness_of_colours_is_pils(tmp_path):
+    images = load_data(labelled_images(tmp_path / "d", 4), 8, None, tmp_path / "c")
+    colour, grey = images.read(np.arange(4), np.zeros(4, bool)), [np.asarray(Image.fromarray(p).convert("L"))
+                                                                  for p in images.pixels]
+    images.channels = 1
+    got = images.read(np.arange(4), np.zeros(4, bool))
+    assert colour.shape == (4, 3, 8, 8) and got.shape == (4, 1, 8, 8)
+    assert np.abs((got[:, 0].numpy() + 1) * 127.5 - np.stack(grey)).max() <= 1
