@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import trained_on
 from curves import draw_curves
 from data import load_data
 from ddim import WEIGHTS, Denoiser, ddim_target
@@ -127,13 +128,10 @@ def loop_of(schedule):
 # For small models: the rates that a search (docs/results.md) found best for each method at these other settings.
 DEFAULTS = dict(updates=128, batch=32, warmup=12, betas=[0.9, 0.98], ema=0.98, log_every=8, sample_every=0,
                 save_every=64)
-RATES = {"dsdn": 1e-5, "dsdi": 1e-5, "dsdgl": 5e-6, "dsdgexp": 5e-6, "tsd": 1e-4, "pd": 1e-4}
+RATES = {"dsdn": 1e-5, "dsdi": 1e-5, "dsdgl": 5e-6, "dsdgexp": 5e-6, "tsd": 1e-4, "pd": 1e-4, "shortcut": 1e-3}
 
 # For shortcut, with any model; with LDM's they were never tried.
-SHORTCUT = dict(updates=600, lr=1e-3, warmup=30, ema=0.95, target_ema=0.95,
-                guidance=[2.0, 2.0])
-
-OWN_RATES = [*RATES.items(), ("shortcut", SHORTCUT["lr"])]     # as --help shows them
+SHORTCUT = dict(updates=600, lr=RATES["shortcut"], warmup=30, ema=0.95, target_ema=0.95, guidance=[2.0, 2.0])
 
 # For LDM's models: Table 3. It has no batch, and no length of the warm-up: those are ours.
 TABLE3 = dict(updates=4000, batch=8, lr=1e-6, warmup=100, betas=[0.9, 0.98], ema=0.995, log_every=20, sample_every=1000,
@@ -146,7 +144,7 @@ def defaults(given):
     if given.ldm:
         settings |= TABLE3_CLASSES if MODELS[given.ldm].unet.classes else TABLE3
     else:
-        settings |= DEFAULTS | dict(lr=RATES.get(given.schedule))
+        settings |= DEFAULTS | dict(lr=RATES[given.schedule])
     return settings | (SHORTCUT if METHODS[given.schedule].shortcut else {})
 
 def parse_args(argv=None):
@@ -155,7 +153,7 @@ def parse_args(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("the method")
     g.add_argument("--schedule", choices=METHODS, default="dsdi",
-                   help=f"the method (default: dsdi); their own rates: {', '.join(f'{m} {r:g}' for m, r in OWN_RATES)}")
+                   help=f"the method (default: dsdi); their own rates: {', '.join(f'{m} {r:g}' for m, r in RATES.items())}")
     g.add_argument("--ckpt", type=checkpoint, default="out/train/ckpt.pt", metavar="FILE",
                    help="the model to distil, or its folder; from its averaged weights (default: %(default)s)")
     ldm_flag(g)
@@ -199,7 +197,7 @@ def check(p, args):
     for wrong, message in (
         (args.target_ema and method.teacher,
          f"--target-ema is for the methods without a teacher; in {args.schedule} the teacher makes the target"),
-        (args.data and not (method.data or method.shortcut or args.fid_every or args.resume),
+        (args.data and not (method.data or method.shortcut or args.fid_every),
          f"{args.schedule} reads no data; --data is for pd and --fid-every"),
         (method.shortcut and args.guidance[0] != args.guidance[1],
          "--guidance: shortcut bakes one weight into the model: give it twice"),
@@ -264,17 +262,17 @@ def main(argv=None):
     state = check_out(args, f"distil it further as --ckpt {args.out}/ckpt.pt, into another --out")
     net, source = load_model(Path(args.out) / "ckpt.pt" if state else args.ckpt, device, name=args.ldm, size=args.size)
     past = source["history"] if state else history(args, source)        # now: the file may be replaced meanwhile
-    was, method = source.get("args", {}), METHODS[args.schedule]
+    method, origin = METHODS[args.schedule], trained_on(source)
+    origin["data"] = args.data or origin["data"]
     reads = method.data or (method.shortcut and args.data)
-    args.size, args.crop, args.data = image_size(source), was.get("crop"), args.data or was.get("data")
-    if args.ldm and not args.data and (reads or args.fid_every):
+    if args.ldm and not origin["data"] and (reads or args.fid_every):
         sys.exit(f"error: nobody knows what LDM's {args.ldm} was trained on: give the images as --data")
-    images = load_data(args.data, args.size, args.crop, args.cache) if reads or args.fid_every else None
+    images = load_data(origin["data"], image_size(source), origin["crop"], args.cache) \
+        if reads or args.fid_every else None
     if method.shortcut and not net.config.step_length:
         net.add_step_length()
     check_source(args, net, source, images)
-    model_info = {k: source[k] for k in FROM_SOURCE if k in source}
-    model_info["history"] = past
+    model_info = {k: source[k] for k in FROM_SOURCE if k in source} | dict(history=past, trained_on=origin)
     if method.shortcut and net.config.classes:
         model_info["guidance"] = args.guidance[0]
     torch.manual_seed(args.seed)

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoint import check_writable, claimed, whole_file
+from checkpoint import check_writable, claimed, trained_on, whole_file
 from data import DataError, eight_bits, load_data, locked, open_source, to_pixels
 from ddim import WITHOUT_FLOAT64
 from flags import at_least, checkpoint, device_flags, seed
@@ -385,8 +385,8 @@ def evaluate(args, path, features, device):
     """What `compare` gives for one checkpoint at each of --steps, from its cache where that is known: on rank 0."""
     sampler, state = load_sampler(path, args, device, pick_dtype(args.dtype, device))
     model = dict(hash=model_hash(state), weights="raw" if args.raw else "ema", dtype=sampler.dtype)
-    trained = state.get("args", {})
-    images = load_data(args.data or trained.get("data"), image_size(state), trained.get("crop"), args.cache)
+    origin = trained_on(state)
+    images = load_data(args.data or origin["data"], image_size(state), origin["crop"], args.cache)
     count = args.real if args.real and args.real < len(images) else None
     def kept(steps):
         """The file of a score."""

@@ -19,7 +19,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, labelled_images, log_of, start
+from conftest import ROOT, SMALL_RUN, labelled_images, log_of, same, start
 from PIL import Image
 
 import data
@@ -184,6 +184,27 @@ def test_a_run_goes_on_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     train.main(["--resume", "--out", str(tmp_path / "run"), "--updates", "3"])
     assert load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == 3
+
+def test_a_run_without_data_reads_none_when_resumed(ckpt, tmp_path, monkeypatch):
+    """The model was trained on images of its user's, and shortcut learns from its own samples."""
+    class Killed(BaseException):
+        pass
+    def killed(trainer):
+        raise Killed
+    flags = ["--ckpt", str(ckpt), "--schedule", "shortcut", "--steps", "4", "--pool", "4", "--updates", "4", "--batch",
+             "4", "--save-every", "2", *CPU]
+    distill.main([*flags, "--out", str(tmp_path / "whole")])
+    monkeypatch.setattr(distill, "compare_picture", killed)
+    with pytest.raises(Killed):
+        distill.main([*flags, "--sample-every", "2", "--out", str(tmp_path / "cut")])
+    monkeypatch.setattr(distill, "compare_picture", lambda trainer: None)
+    monkeypatch.setattr(distill, "load_data", lambda *args: pytest.fail("it reads data"))
+    distill.main(["--resume", "--out", str(tmp_path / "cut")])
+    whole, cut = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
+    assert same(whole["weights"], cut["weights"]) and cut["args"]["data"] is None
+    assert cut["trained_on"] == dict(data=str(tmp_path / "data"), crop=None)        # for fid.py
+    cache = ["--cache", str(tmp_path / "cache")]
+    fid.main(["--ckpt", str(tmp_path / "cut"), *QUICK, "--out", str(tmp_path / "f"), *cache])
 
 # ---- damaged and odd data ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("cut", [-1, 1])
