@@ -153,7 +153,7 @@ def parse_args(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("the method")
     g.add_argument("--schedule", choices=METHODS, default="dsdi",
-                   help=f"the method (default: dsdi); their own rates: {', '.join(f'{m} {r:g}' for m, r in RATES.items())}")
+                   help="the method (default: dsdi); their rates: " + ", ".join(f"{m} {r:g}" for m, r in RATES.items()))
     g.add_argument("--ckpt", type=checkpoint, default="out/train/ckpt.pt", metavar="FILE",
                    help="the model to distil, or its folder; from its averaged weights (default: %(default)s)")
     ldm_flag(g)
