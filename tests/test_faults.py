@@ -253,7 +253,7 @@ def test_samples_that_are_not_finite_are_no_pictures(ckpt, tmp_path):
     for flags in (["--steps", "3", "-n", "2", "--save", str(tmp_path / "p")], ["--steps", "3"]):
         with exits("error: image 0 at 3 steps is not finite"):
             sample.main(["--ckpt", str(ckpt), *flags, *CPU])
-    with exits("error: image 0 at 2 steps is not finite"):
+    with exits("error: image 0 at [12] steps is not finite"):
         fid.main(["--ckpt", str(ckpt), *QUICK, "--out", str(tmp_path / "f"), "--cache", str(tmp_path / "cache")])
     with pytest.raises(DataError, match="image 1 of 2 is not finite"):
         data.to_pixels(torch.tensor([0.0, float("inf")])[:, None, None, None].expand(2, 3, 4, 4))

@@ -412,7 +412,7 @@ def distil(folder, name, *flags, out="out"):
 def test_an_ldm_is_sampled_into_a_grid_and_files(small):
     flags = ["--ldm", "small-class", "--ckpt", str(small / "small-class.ckpt"), *CPU]
     script.main([*flags, "--steps", "1", "2", "-n", "3", "--class", "2", "0", "--guidance", "2"])
-    assert Image.open(small / "grid.png").height == 2 * 68 - 4
+    assert Image.open(small / "grid-2-0-w2.png").height == 20 + 2 * 68 - 4      # the classes stand above
     script.main([*flags, "--steps", "2", "-n", "5", "--batch", "3", "--save", str(small / "x.npz")])
     saved = np.load(small / "x.npz")
     assert saved["arr_0"].shape == (5, 16, 16, 3) and saved["arr_1"].tolist() == [0, 1, 2, 0, 1]
