@@ -399,11 +399,15 @@ def to_tensor(pixels):
     after each operation and take the cores from the network: an eighth of the time of an update on a CPU."""
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1)
 
+def first_not_finite(x):
+    """The number of the first of the images (N, …) that holds a NaN or an infinity, or None. Waits for the device."""
+    return next((i for i, good in enumerate(x.isfinite().flatten(1).all(1).tolist()) if not good), None)
+
 def to_pixels(x):
     """(N, 3 or 1, H, W) in [-1, 1] to (N, H, W, 3) uint8, clipped and rounded. Raises DataError if it is not finite."""
-    bad = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-    if bad:
-        raise DataError(f"error: image {bad[0]} of {len(x)} is not finite (NaN): are the model's weights? "
+    bad = first_not_finite(x)
+    if bad is not None:
+        raise DataError(f"error: image {bad} of {len(x)} is not finite (NaN): are the model's weights? "
                         f"If not: --dtype fp32")
     pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
     return pixels.expand(-1, -1, -1, 3).numpy()

@@ -79,13 +79,16 @@ class LDMDiscrete(Schedule):
     def alpha(self, t):
         if t.device not in self.tables:                       # once: a GPU waits for each copy
             self.tables[t.device] = self.alpha2.to(t.device, t.dtype)
-        return self.tables[t.device][(self.length * t).round().long().clamp(0, self.length - 1)].sqrt()
+        return self.tables[t.device][self._step(t).long()].sqrt()
+
+    def _step(self, t):
+        return (self.length * t).round().clamp(0, self.length - 1)
 
     def shown(self, t):
         """The very step whose α is used: the network was trained on whole steps 0 … 999."""
         if torch.is_tensor(t):
-            return (self.length * t).round().clamp(max=self.length - 1) / self.length
-        return min(round(self.length * t), self.length - 1) / self.length
+            return self._step(t) / self.length
+        return self._step(torch.tensor(t, dtype=torch.float64)).item() / self.length
 
     def times(self, steps):
         """LDM's own rule where N divides 1000 (steps 1, 1 + c, 1 + 2c … with c = 1000 / N), else t_i = i / N.

@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from checkpoint import check_writable, claimed, whole_file
-from data import mapped, save_grid, to_pixels
+from data import first_not_finite, mapped, save_grid, to_pixels
 from ddim import Denoiser, ddim_sample, start_noise
 from flags import at_least, checkpoint, device_flags, seed
 from ldm import autoencoder_of, image_size, ldm_flag, load_model, model_hash
@@ -69,9 +69,9 @@ class Sampler:
         z = start_noise(self.seed, indices, self.shape).to(self.device, memory_format=memory_format(self.device))
         with autocast(self.device, self.dtype):
             x = ddim_sample(self.xhat, z, steps, self.labels(indices), self.w)
-        good = x.isfinite().flatten(1).all(1).tolist()
-        if not all(good):
-            sys.exit(f"error: image {indices[good.index(False)]} at {steps} steps is not finite (NaN): the model is "
+        bad = first_not_finite(x)
+        if bad is not None:
+            sys.exit(f"error: image {indices[bad]} at {steps} steps is not finite (NaN): the model is "
                      f"broken{', or needs --dtype fp32' * (self.dtype == 'bf16')}")
         return x
 

@@ -23,13 +23,13 @@ TRAIN = ["--lr-end", "1e-5", "--sample-every", "0"]
 RUNS = {
     "plain": dict(main=train.main, updates=2400, evaluations=1, flags=TRAIN),
     "Equation 1": dict(main=train.main, updates=1750, evaluations=2, flags=["--distill", "0.15", *TRAIN]),
-    "--shortcut": dict(main=train.main, updates=2000, evaluations=1.5,
-                       flags=["--distill", "0.25", "--shortcut", *TRAIN]),
+    "shortcut": dict(main=train.main, updates=2000, evaluations=1.5,
+                     flags=["--distill", "0.25", "--shortcut", *TRAIN]),
     "plain, then shortcut": dict(main=distill.main, updates=600, evaluations=2.5, flags=["--schedule", "shortcut"]),
 }
 
 def folder(out, name, seed):
-    return out / f"{name.replace(' ', '-').replace(',', '').strip('-').lower()}-{seed}"
+    return out / f"{name.replace(' ', '-').replace(',', '').lower()}-{seed}"
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
