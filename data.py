@@ -281,7 +281,8 @@ def _pack(source, folder, size, crop):
         log_stderr(f"skipped {len(skipped)} of {source.count} images that can't be read: {first}")
     labels = np.delete(np.array(source.labels, np.int32), [number for number, _, _ in skipped])
     np.save(folder / "labels.npy", labels)
-    meta = dict(count=len(labels), size=size, crop=crop, classes=source.classes, skipped=[s[1:] for s in skipped])
+    meta = dict(count=len(labels), size=size, crop=crop, classes=source.classes, skipped=[s[1:] for s in skipped],
+                fingerprint=source.fingerprint)
     with whole_file(folder / "meta.json") as tmp:
         tmp.write_text(json.dumps(meta))
     journal.unlink()
@@ -341,7 +342,7 @@ class Images:
         self.labels = np.load(folder / "labels.npy")
         if self.labels.shape != shape[:1]:
             raise DataError(f"error: {folder}/labels.npy is damaged; delete the folder to have it packed again")
-        self.classes, self.folder = meta["classes"], folder
+        self.classes, self.folder, self.fingerprint = meta["classes"], folder, meta.get("fingerprint", "")
         self.preparation = f"crop {meta['crop'] or 'square'}, PIL bicubic to {meta['size']}x{meta['size']}"
 
     def __len__(self):
@@ -356,9 +357,9 @@ class Images:
         self.labels, self.classes = number[self.labels], list(classes)
 
     def digest(self):
-        """Tells one data set from another: a hash of all labels and of a few hundred images."""
+        """Tells one data set from another: a hash of the source's fingerprint, all labels and a few hundred images."""
         some = self.pixels[self._some()]
-        return hashlib.sha256(self.labels.tobytes() + some.tobytes()).hexdigest()[:16]
+        return hashlib.sha256(self.fingerprint.encode() + self.labels.tobytes() + some.tobytes()).hexdigest()[:16]
 
     def batch(self, step, size, seed, flip=True, share=(0, 1)):
         """Batch number `step`: images (size, 3, H, W) in [-1, 1], labels (size,); half of the images mirrored.

@@ -163,6 +163,18 @@ def test_resuming_on_other_data_is_told_and_on_other_classes_refused(small_run, 
         distill.main(["--ckpt", str(tmp_path / "out" / "ckpt.pt"), "--schedule", "pd", "--out", str(tmp_path / "pd"),
                       "--cache", str(tmp_path / "cache"), *CPU])
 
+def test_one_image_of_many_that_changed_is_noticed_and_another_place_is_no_change(tmp_path):
+    labelled_images(tmp_path / "d", 600)
+    digest = lambda name: load_data(tmp_path / name, 8, None, tmp_path / "c").digest()  # noqa: E731
+    before = digest("d")
+    (tmp_path / "d").rename(tmp_path / "e")
+    assert digest("e") == before
+    digests = {before}
+    for file in sorted((tmp_path / "e").rglob("*.png"))[1:4]:     # of the pixels a digest sees every second or third
+        Image.new("RGB", (8, 8), "red").save(file)
+        digests.add(digest("e"))
+    assert len(digests) == 4
+
 # ---- settings ------------------------------------------------------------------------------------------------
 def test_what_follows_from_a_setting_follows_the_new_one(ckpt, tmp_path):
     out = ["--out", str(tmp_path / "d")]
