@@ -23,7 +23,7 @@ from curves import draw_curves
 from data import load_data
 from ddim import WEIGHTS, Denoiser, ddim_target
 from flags import at_least, checkpoint, fraction, optimiser_flags, out_flags, parse_with_saved, run_flags, score_flags
-from hooks import SHOWN, Guard, compare_picture, draw_shown, scorer
+from hooks import SHOWN, WATCHED, Guard, draw_shown, scorer
 from ldm import MODELS, Latents, image_size, ldm_flag, load_model, model_hash
 from model import param_count
 from plans import METHODS, locate, plan, print_plan
@@ -88,7 +88,7 @@ def fine_tune(trainer, plan, stream=None):
             z2.append(arrived)
         trainer.update()                                      # θ ← θ − γ ∇_θ L
         z = torch.cat(z2)                                     # z_t'': there the trajectory goes on
-        trainer.carried |= dict(z=z) | (dict(y=y, w=w) if classes else {}) | (dict(ends=z) if i == 2 else {})
+        trainer.carried = dict(z=z) | (dict(y=y, w=w) if classes else {})
 
 def progressive(trainer, plan, stream):
     """Algorithm 1, progressive distillation: a student of N/2 steps learns from its teacher's N on noised data.
@@ -170,8 +170,11 @@ def parse_args(argv=None):
     g.add_argument("--target-ema", type=fraction, default=0.0, metavar="D",
                    help="a running average of the weights with this decay takes the second step: steadier than the "
                         "model itself; if D is that of --ema, without a further copy (default: 0, the paper's)")
-    g.add_argument("--drift", type=float, default=3.0, metavar="F",
-                   help="end the run at F times more or less contrast or diversity than before; 0: never (default: 3)")
+    g.add_argument("--for-steps", type=int, choices=SHOWN, nargs="+", default=[*WATCHED], metavar="K",
+                   help="what the model is for: the update with the best fidelity at these step counts is kept as "
+                        "OUT/best.pt (default: 2 4 8)")
+    g.add_argument("--guard", action=argparse.BooleanOptionalAction, default=True,
+                   help="end a run whose few-step samples are lost (default: on)")
     g.add_argument("--share", type=fraction, default=0.5, metavar="b", help="of the rows that jump, for shortcut")
     g.add_argument("--pool", type=at_least(1), default=500, metavar="M",
                    help="how many samples of its own shortcut draws, in --steps steps, where it has no --data")
@@ -202,7 +205,6 @@ def check(p, args):
         (method.shortcut and args.guidance[0] != args.guidance[1],
          "--guidance: shortcut bakes one weight into the model: give it twice"),
         (not 0 <= args.guidance[0] <= args.guidance[1], "--guidance LOW HIGH: two weights, the lower one first"),
-        (args.drift and args.drift <= 1, "--drift is a factor: above 1, or 0 for never"),
         (Path(args.ckpt).resolve() == (Path(args.out) / "ckpt.pt").resolve(),
          "--out is the folder of --ckpt: the distilled model would take its place"),
     ):
@@ -273,10 +275,8 @@ def main(argv=None):
         net.add_step_length()
     check_source(args, net, source, images)
     model_info = {k: source[k] for k in FROM_SOURCE if k in source} | dict(history=past, trained_on=origin)
-    if method.shortcut and net.config.classes:
-        model_info["guidance"] = args.guidance[0]
     torch.manual_seed(args.seed)
-    hooks = [(args.sample_every or args.updates, compare_picture), (args.updates, draw_curves)]
+    hooks = [(args.updates, draw_curves)]
     if args.fid_every:
         hooks.append((args.fid_every, scorer(args, images, device, SHOWN[:-1])))
     trainer = Trainer(args, net.requires_grad_(True), device, model_info, hooks, ema_warmup=False)
@@ -291,12 +291,19 @@ def main(argv=None):
     prepare_out(args, state)
     print(f"{args.schedule}: {param_count(net) / 1e6:.2f} M parameters, {args.updates:,} updates of {args.batch} on "
           f"{describe_device(device)} in {args.dtype}, from {args.steps} steps, lr {args.lr:g} to {final_rate(args):g}")
-    model_info["before"] = source["before"].cpu() if state else broadcast(draw_shown(trainer))
+    if state:
+        model_info |= {k: state[k] for k in ("before", "reference", "best") if k in state}
+    else:
+        model_info["before"] = before = broadcast(draw_shown(trainer))
+        model_info["reference"] = source.get("reference", before[-1])     # of a chain, what its first model drew
+    if method.shortcut and net.config.classes:
+        model_info["guidance"] = args.guidance[0]             # from here on built in
     if method.shortcut:
         stream = stream or batches(own_samples(trainer), args, trainer.step, device)
-    else:
-        guard = Guard(trainer)
-        trainer.watch = lambda _: dict(depth=locate(steps, trainer.step - 1)[0]) | guard(trainer)
+    guard = Guard(trainer, args.for_steps, args.guard)
+    trainer.hooks.insert(0, (args.sample_every or args.updates, guard.picture))
+    depth = lambda: {} if method.shortcut else dict(depth=locate(steps, trainer.step - 1)[0])  # noqa: E731
+    trainer.watch = lambda _: depth() | guard(trainer)
     loop_of(args.schedule)(trainer, steps, stream)
     scores = f"--ldm {args.ldm} --data IMAGES " if args.ldm else ""
     print(f"done: {trainer.ckpt} and {trainer.out}/samples-{trainer.step:06d}.png; "

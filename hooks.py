@@ -1,79 +1,136 @@
-"""What looks at a run on its way: pictures before and after distillation, the drift alarm, scores.
+"""What looks at a run on its way: pictures before and after distillation, fidelity, the guard, scores.
 
-    trainer.hooks = [(1000, compare_picture), (500, scorer(args, images, device, steps))]    # every so many updates
-    trainer.watch = Guard(trainer)                                                           # at each line of the log
+    trainer.watch = guard = Guard(trainer)                                                   # at each line of the log
+    trainer.hooks = [(1000, guard.picture), (500, scorer(args, images, device, steps))]      # every so many updates
 """
 
+import math
 import sys
 
 import torch
 
 from data import save_grid
-from fid import compare, packed_statistics, sampled_statistics
+from fid import compare, fidelity, packed_statistics, sampled_statistics
 from inception import load_features
-from rundir import what_is_kept
-from runtime import all_gather, progress, rank
+from runtime import broadcast, log_stderr, progress, rank
 from sample import Sampler
 
 SHOWN = 1, 2, 4, 8, 64     # step counts of the pictures, and of the scores except for the last
+NOISES, COLUMNS = 32, 10   # of a look; and how many of them the pictures show
+LOOKS = 16                 # in the course of a run
 
-def sampler_of(trainer, count=None):
+# ---- samples from always the same noise ---------------------------------------------------------------------
+def sampler_of(trainer, count=None, w=1.0):
     """A Sampler of the averaged weights. It draws the classes in turn: all of them, or `count` spread over all."""
     classes = trainer.net.config.classes
     y = list(range(0, classes, max(1, classes // count) if count else 1)) or None
-    return Sampler(trainer.ema, trainer.model_info, trainer.device, trainer.args.dtype, y, seed=trainer.args.seed)
+    return Sampler(trainer.ema, trainer.model_info, trainer.device, trainer.args.dtype, y, w if y else 1.0)
 
-def draw_shown(trainer, n=10):
-    """n samples at each of SHOWN, from the same noise, not decoded: (rows, n, C, H, W) float32 on the CPU of rank 0."""
+def draw_shown(trainer, steps=SHOWN, n=NOISES, bar=True):
+    """n samples at each of `steps`, from the same noise in every run, not decoded: (rows, n, C, H, W) float32 on the
+    CPU of rank 0. None on the other ranks. Guided by the middle of --guidance, unless guidance is built in."""
     if rank():
         return None
-    sampler, rows = sampler_of(trainer, n), []
-    with progress(total=sum(SHOWN), desc="sampling", unit="step", leave=False) as bar:
-        for s in SHOWN:
+    built_in = trainer.model_info.get("guidance", 1) != 1
+    sampler, rows = sampler_of(trainer, n, 1.0 if built_in else sum(trainer.args.guidance) / 2), []
+    with progress(total=sum(steps), desc="sampling", unit="step", leave=False, quiet=not bar) as shown:
+        for s in steps:
             rows.append(sampler.draw(range(n), s).float().cpu().contiguous())
-            bar.update(s)
+            shown.update(s)
     return torch.stack(rows)
 
-def compare_picture(trainer):
-    """Before and after under each other for each step count, each column from one noise."""
-    if rank():
-        return
-    before, after = trainer.model_info["before"], draw_shown(trainer)
-    labels = [f"{s} {when}" for s in SHOWN[-len(before):] for when in ("before", "after")]
-    after = after[-len(before):]                              # runs of old have no row for 1 step
-    rows = torch.stack([before, after], 1).flatten(0, 2)      # 1 before, 1 after, 2 before …
-    path = trainer.out / f"samples-{trainer.step:06d}.png"
-    save_grid(sampler_of(trainer).decode(rows), path, before.shape[1], labels)
+def print_table(seen):
+    """Print what a run did. seen: for each of SHOWN what `look_at` gives, before and after."""
+    print(f"\n{'steps':10}" + "".join(f"{s:14d}" for s in SHOWN))
+    for name, kind in (("fidelity", 0), ("contrast", 2)):
+        print(f"{name:10}" + "".join(f"{b[kind]:7.2f} → {a[kind]:4.2f}" for b, a in seen))
+    print(f"fidelity to the undistilled model at {SHOWN[-1]} steps: 1 the same pictures, 0.5 their average, 0 others; "
+          f"standard errors up to {max(error for pair in seen for _, error, _ in pair):.2f}")
 
-def moments(x):
-    """Mean, standard deviation and diversity of (B, C, H, W), drawn: how much a pixel differs from image to image."""
-    several = dict(diversity=x.std(0).mean().item()) if len(x) > 1 else {}     # one image has none
-    return dict(mean=x.mean().item(), std=x.std().item()) | several
+# ---- fidelity along a run, and the guard -----------------------------------------------------------------------
+WATCHED = 2, 4, 8                  # step counts of every look; every fourth has the last of SHOWN as well
+FIDELITY, CONTRAST = 0.5, 1.2      # the band: no less of the one, no more of the other (docs/guard.md shows the runs)
+NEAR = 0.05                        # a run that ends so near to an edge of it says so
+
+def look_at(x, reference):
+    """(fidelity, its standard error, contrast) of samples (n, C, H, W) against the undistilled model's in many steps,
+    from the same noise: see `fid.fidelity`. Contrast is the standard deviation of all values, as a share of theirs."""
+    return *fidelity(x, reference), (x.std() / reference.std()).item()
+
+def keyed(steps, seen):
+    """A line of the log: {"fidelity_N": …, "contrast_N": …} of what `look_at` gives for each N of `steps`."""
+    return {f"{kind}_{s}": round(value, 4) for s, (f, _, c) in zip(steps, seen, strict=True)
+            for kind, value in (("fidelity", f), ("contrast", c))}
 
 class Guard:
-    """Nothing anchors a data-free run: log where its trajectories end, and end it when that makes no sense.
+    """Looks at few-step samples from fixed noises while a run goes on: logs how far they are from the undistilled
+    model's, keeps the best model as OUT/best.pt, ends a run that is lost. All ranks come to the same decision.
 
-    Sane is a standard deviation and a diversity within a factor `args.drift` of those the undistilled model's
-    samples had, and a mean within `args.drift` of their standard deviations. All ranks come to the same decision."""
+    judged  the step counts, of SHOWN, whose mean fidelity says which model is best
+    ends    whether it may end the run"""
 
-    def __init__(self, trainer):
-        self.was, self.drift = moments(trainer.model_info["before"][-1]), trainer.args.drift
+    def __init__(self, trainer, judged=WATCHED, ends=True):
+        a, was = trainer.args, trainer.model_info
+        self.judged, self.ends, self.steps = judged, ends, sorted({*WATCHED, *judged})
+        self.every = a.log_every * max(1, round(a.updates / a.log_every / LOOKS))
+        self.had, self.drawn = keyed(SHOWN, [look_at(x, was["reference"]) for x in was["before"]]), (None, None)
 
     def __call__(self, trainer):
-        if "ends" not in trainer.carried:                     # no trajectory has arrived yet
+        last, many = trainer.step == trainer.args.updates, trainer.step % (4 * self.every) == 0
+        if trainer.step % self.every and not last:
             return {}
-        now, was, f = moments(all_gather(trainer.carried["ends"]).float()), self.was, self.drift
-        if not f:
-            return now
-        sane = {"mean": (was["mean"] - f * was["std"], was["mean"] + f * was["std"])}
-        sane |= {k: (was[k] / f, was[k] * f) for k in ("std", "diversity") if k in now}
-        for name, (low, high) in sane.items():
-            if not low <= now[name] <= high:
-                sys.exit(f"error: at update {trainer.step} the trajectories end with a {name} of {now[name]:.3g}; "
-                         f"before distillation it was {was[name]:.3g}, sane is {low:.3g} to {high:.3g} (--drift). "
-                         f"{what_is_kept(trainer)}. Try a lower --lr, fewer --updates, or --target-ema 0.98")
-        return now
+        steps = SHOWN if last else sorted({*self.steps, *(SHOWN[-1:] if many else ())})
+        drawn, reference = draw_shown(trainer, steps, bar=last), trainer.model_info["reference"]
+        if last:
+            self.drawn = trainer.step, drawn                  # for the picture
+        seen = broadcast(drawn is not None and keyed(steps, [look_at(x, reference) for x in drawn]))
+        self._keep_best(trainer, seen)
+        if self.ends and (lost := self.outside(seen)):
+            best = trainer.model_info["best"]["step"]
+            sys.exit(f"error: at update {trainer.step} few-step samples are lost: {lost}. {trainer.out}/best.pt has "
+                     f"the best until now, of update {best}. Try a third of --lr, fewer --updates, or --schedule "
+                     f"shortcut (--no-guard lets a run go on)")
+        if last and (near := self.outside(seen, NEAR)):
+            log_stderr(f"\nnear the edge of what is sane: {near}. Look at the pictures, and at {trainer.out}/best.pt")
+        return seen
 
+    def picture(self, trainer):
+        """A hook: before and after under each other at each of SHOWN, each column from one noise, with their fidelity.
+
+        Writes OUT/samples-NNNNNN.png, and prints a table after the last update."""
+        if rank():
+            return
+        before, reference = trainer.model_info["before"], trainer.model_info["reference"]
+        step, after = self.drawn
+        after = after if step == trainer.step else draw_shown(trainer)
+        rows = torch.stack([before, after], 1)                # (rows, 2, n, C, H, W): 1 before, 1 after, 2 before …
+        seen = [[look_at(x, reference) for x in pair] for pair in rows]
+        labels = [f"{s} {when} {f:.2f}" for s, pair in zip(SHOWN, seen, strict=True)
+                  for when, (f, *_) in zip(("before", "after"), pair, strict=True)]
+        path = trainer.out / f"samples-{trainer.step:06d}.png"
+        save_grid(sampler_of(trainer).decode(rows[:, :, :COLUMNS].flatten(0, 2)), path, COLUMNS, labels)
+        if trainer.step == trainer.args.updates:
+            print_table(seen)
+
+    def outside(self, seen, margin=0.0):
+        """What of a look leaves the band, or comes as near to its edge as `margin`, in words; "" if nothing does.
+
+        A fidelity of 0.5 is that of the average picture: less is worse than no picture at all. Where the undistilled
+        model had hardly more, the edge is a little below. Many steps are left out: the paper's methods lose them."""
+        edge = {f"fidelity_{s}": min(FIDELITY, self.had[f"fidelity_{s}"] - NEAR) for s in self.steps}
+        low = [f"{key} {seen[key]:.2f}, below {edge[key]:.2f}" for key in edge if seen[key] < edge[key] + margin]
+        high = [f"{key} {seen[key]:.2f}, above {CONTRAST}" for key in (f"contrast_{s}" for s in self.steps)
+                if seen[key] > CONTRAST - margin]
+        return "; ".join(low + high)
+
+    def _keep_best(self, trainer, seen):
+        """Keep the model if its fidelity is the highest until now: more updates often make it worse."""
+        score = sum(seen[f"fidelity_{s}"] for s in self.judged) / len(self.judged)
+        if score > trainer.model_info.get("best", {}).get("fidelity", -math.inf):
+            trainer.model_info["best"] = dict(fidelity=score, step=trainer.step)
+            trainer.save_best()
+
+# ---- scores ----------------------------------------------------------------------------------------------------
 def scorer(args, images, device, steps):
     """A hook that scores the averaged weights against the training images, for curves like Figure 3.
 

@@ -17,7 +17,7 @@ from PIL import Image
 from checkpoint import claimed, load_checkpoint, whole_file
 from runtime import rank, ranks
 
-RUN_FILES = re.compile(r"(ckpt\.pt|log\.jsonl|curves\.png|samples-\d{6,}\.png)(\.\d+\.tmp)?"
+RUN_FILES = re.compile(r"((ckpt|best)\.pt|log\.jsonl|curves\.png|samples-\d{6,}\.png)(\.\d+\.tmp)?"
                        r"|events\.out\.tfevents\.[\w.-]+")
 
 def files_of_run(out):

@@ -146,9 +146,9 @@ def warn_if_busy(device):
         log_stderr(f"warning: {cores} cores, and a load of {load:.1f} from other programs: {torch.get_num_threads()} "
                    f"threads that wait for each other can be ten times slower than one. Try OMP_NUM_THREADS=1")
 
-def progress(**settings):
-    """A tqdm bar, on rank 0 alone."""
-    return tqdm(dynamic_ncols=True, disable=rank() > 0, **settings)
+def progress(quiet=False, **settings):
+    """A tqdm bar, on rank 0 alone; none if `quiet`."""
+    return tqdm(dynamic_ncols=True, disable=quiet or rank() > 0, **settings)
 
 def log_stderr(text):
     """A line for people, once: standard output is for results."""

@@ -174,13 +174,15 @@ class Trainer:
                 if self._due(a.log_every) or self._due(a.save_every) or stop:
                     count, (means, stop) = len(self.pending), self._means(bool(stopped), bar)
                     now = time.perf_counter()
-                    entry = {"step": self.step} | means | (self.watch(self) if self.watch else {})
-                    entry |= dict(lr=lr, images_per_s=round(count * a.batch / (now - since), 1))
+                    speed = round(count * a.batch / (now - since), 1)
+                    entry = {"step": self.step} | means | dict(lr=lr, images_per_s=speed)
+                    if self.watch:
+                        entry |= self.watch(self)
                     log.write(entry)
                     shown = {k: f"{means[k]:.3g}" for k in means if k != "grad_norm"}
-                    bar.set_postfix(shown | {"img/s": entry["images_per_s"]})
-                    self._tell_long(entry["images_per_s"])
-                    since = now
+                    bar.set_postfix(shown | {"img/s": speed})
+                    self._tell_long(speed)
+                    since = time.perf_counter()
                 paused = time.perf_counter()
                 if self.out and (self._due(a.save_every) or stop):
                     self.save()
@@ -250,16 +252,25 @@ class Trainer:
     def ckpt(self):
         return self.out / "ckpt.pt"
 
+    def _model(self):
+        """What sample.py needs of the model, but for its weights."""
+        return dict(self.model_info, config=asdict(self.net.config), step=self.step,
+                    args={k: v for k, v in vars(self.args).items() if k not in ("out", "resume", "overwrite")})
+
     def save(self):
         """Write everything that a run needs to go on exactly, and sample.py needs of the model. Called on all ranks."""
-        state = dict(self.model_info, config=asdict(self.net.config), step=self.step,
-                     args={k: v for k, v in vars(self.args).items() if k not in ("out", "resume", "overwrite")},
-                     extra_state={name: net.state_dict() for name, net in self.extra_state.items()},
+        state = dict(self._model(), extra_state={name: net.state_dict() for name, net in self.extra_state.items()},
                      carried={name: all_gather(rows) for name, rows in self.carried.items()},
                      weights=self.net.state_dict(), ema=self.ema.state_dict(), optimizer=self.opt.state_dict(),
                      random=self.random.get_state(), dropout=all_gather(self.chance.get_rng_state()[None]))
         if rank() == 0:
             save_checkpoint(self.ckpt, state)
+
+    def save_best(self):
+        """Write the model alone, its averaged weights, as OUT/best.pt."""
+        weights = self.ema.state_dict()
+        if rank() == 0 and self.out:
+            save_checkpoint(self.out / "best.pt", dict(self._model(), weights=weights, ema=weights))
 
     def load(self, state):
         """Take up the state of a checkpoint of the same network. Says so where the run can't go on bit for bit."""

@@ -2,7 +2,7 @@
 
     python experiments/curve.py --ckpt out/celeba32/ckpt.pt --data celeba-10k.zip    # writes docs/curve.png; 40 minutes
 
-Three runs of distill.py without its drift alarm, scored every 32 updates (rFID, 192 samples): dsdi at two rates, and
+Three runs of distill.py without its guard, scored every 32 updates (rFID, 192 samples): dsdi at two rates, and
 dsdgl with an average of the weights as the target. A run that was stopped goes on.
 """
 
@@ -34,7 +34,7 @@ def main(argv=None):
     for number, (name, flags) in enumerate(RUNS.items()):
         out = Path("out/curve") / str(number)
         to_the_end(distill.main, out, [
-            *flags, "--ckpt", args.ckpt, "--updates", str(args.updates), "--drift", "0", "--save-every",
+            *flags, "--ckpt", args.ckpt, "--updates", str(args.updates), "--no-guard", "--save-every",
             str(args.every), "--fid-every", str(args.every), "--fid-samples", str(args.n), "--weights", "random",
             *(["--data", args.data] if args.data else [])])
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

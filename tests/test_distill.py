@@ -13,9 +13,11 @@ from torch import nn
 from torch.testing import assert_close
 
 import distill
+import hooks
 import sample
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, load_model, save_checkpoint
 from ddim import Cosine, Denoiser
+from fid import fidelity
 from model import UNet, UNetConfig
 from plans import METHODS, locate, plan
 from trainer import Trainer
@@ -169,8 +171,8 @@ def test_a_model_that_knows_the_answer_does_not_move(schedule, error, double):
 def test_a_trajectory_walks_the_chain_and_starts_again(double):
     """Two evaluations an update at t, t'; from noise down to t'' = 0, then fresh noise; z_t'' is the next z_t."""
     trainer, steps = a_run(tiny_net(), "dsdn", steps=8, updates=9)
-    calls, seen, ends = Calls().watch(trainer.net), [], []
-    trainer.after = lambda step: (seen.append(trainer.carried["z"]), ends.append(trainer.carried.get("ends")))
+    calls, seen = Calls().watch(trainer.net), []
+    trainer.after = lambda step: seen.append(trainer.carried["z"])
     distill.fine_tune(trainer, steps)
     first, second = calls[0::2], calls[1::2]
     assert [t for _, _, t, _, _ in first] == [1, 0.75, 0.5, 0.25] * 2 + [1]
@@ -179,7 +181,6 @@ def test_a_trajectory_walks_the_chain_and_starts_again(double):
     for step in range(1, 9):
         goes_on = torch.equal(first[step][1], seen[step - 1])
         assert goes_on == (step % 4 != 0)                     # the fourth update arrives; then noise
-    assert ends[2] is None and torch.equal(ends[6], seen[3]) and torch.equal(ends[8], seen[7])
     for start_of_a_walk in (0, 4, 8):
         z = first[start_of_a_walk][1]
         assert abs(z.mean()) < 0.2 and abs(z.std() - 1) < 0.1
@@ -246,7 +247,7 @@ def test_plain_dsd_holds_no_second_set_of_weights(ema):
     calls = Calls().watch(trainer.net, trainer.ema)
     distill.fine_tune(trainer, steps)
     assert {net for net, *_ in calls} == {trainer.net}
-    assert trainer.extra_state == {} and set(trainer.carried) == {"z", "ends"}
+    assert trainer.extra_state == {} and set(trainer.carried) == {"z"}
 
 def test_pd_draws_t_on_the_students_grid(monkeypatch):
     """z_t from data at t = i / (N/2), uniformly; the teacher's two half-steps end on the grid again."""
@@ -317,12 +318,13 @@ def test_the_command_line_end_to_end(schedule, ckpt, tmp_path, monkeypatch, caps
     if schedule == "pd":
         cache += ["--data", labelled_images(tmp_path / "data")]
     distill.main(["--schedule", schedule, *flags(ckpt, out), *cache])
-    assert sorted(p.name for p in out.iterdir()) == ["ckpt.pt", "curves.png", "log.jsonl", "samples-000012.png"]
+    files = {"best.pt", "ckpt.pt", "curves.png", "log.jsonl", "samples-000012.png"}
+    assert {p.name for p in out.iterdir()} == files
     assert ckpt.read_bytes() == source
     log = log_of(out)
     assert [e["step"] for e in log] == list(range(1, 13)) and all(math.isfinite(e["loss"]) for e in log)
     assert [e["depth"] for e in log] == [locate(plan(schedule, 8, 12), i)[0] for i in range(12)]
-    assert (log[-1].keys() >= {"mean", "std", "diversity"}) == (schedule != "pd")
+    assert log[-1].keys() >= {f"{kind}_{n}" for kind in ("fidelity", "contrast") for n in hooks.SHOWN}
     state = load_checkpoint(out / "ckpt.pt")
     assert not same(state["weights"], load_checkpoint(ckpt)["weights"])
     trained, here = state["history"]
@@ -367,15 +369,35 @@ def test_a_conditional_model_is_distilled_with_guidance(tmp_path):
     state = load_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert state["classes"] == ["a", "b"] and 1 <= state["carried"]["w"].max() <= 2
 
-def test_a_run_that_drifts_is_ended_with_the_last_good_checkpoint(ckpt, tmp_path, capsys):
-    with pytest.raises(SystemExit, match=r"(?s)trajectories end with a .*last good checkpoint.*--target-ema"):
-        distill.main([*flags(ckpt, tmp_path / "out", lr=0.3, updates=400, save_every=1, drift=1.3, warmup=0)])
-    state = load_checkpoint(tmp_path / "out" / "ckpt.pt")
-    assert 0 < state["step"] < 400 and all(torch.isfinite(v).all() for v in state["weights"].values())
-
-def test_drift_0_lets_a_run_go_where_it_will(ckpt, tmp_path):
-    distill.main(flags(ckpt, tmp_path / "out", lr=0.3, updates=40, drift=0, warmup=0))
+def test_a_run_that_is_lost_ends_with_its_best_model_in_place(ckpt, tmp_path):
+    """And --no-guard lets it go where it will."""
+    lost = flags(ckpt, tmp_path / "out", lr=0.3, updates=40, warmup=0)
+    with pytest.raises(SystemExit, match=r"are lost: fidelity_\d .*best\.pt has the best until now, of update \d+\."):
+        distill.main(lost)
+    best, log = load_checkpoint(tmp_path / "out" / "best.pt"), log_of(tmp_path / "out")
+    assert all(torch.isfinite(v).all() for v in best["weights"].values()) and log[-1]["step"] < 40
+    distill.main([*lost, "--no-guard", "--overwrite"])
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 40
+
+def test_the_model_of_the_best_fidelity_is_kept(ckpt, tmp_path, capsys):
+    """best.pt holds the weights that had it at --for-steps, as the log says, and is a model like any other."""
+    distill.main([*flags(ckpt, tmp_path / "out", lr=3e-3, updates=12, warmup=0), "--no-guard", "--for-steps", "1", "8"])
+    table = capsys.readouterr().out
+    assert "fidelity" in table and "contrast" in table and "→" in table
+    seen = {e["step"]: e["fidelity_1"] + e["fidelity_8"] for e in log_of(tmp_path / "out") if "fidelity_1" in e}
+    assert {"fidelity_64", "contrast_64"} <= log_of(tmp_path / "out")[-1].keys()
+    net, best = load_model(tmp_path / "out" / "best.pt")
+    assert best["step"] == max(seen, key=seen.get) and best["best"]["step"] == best["step"]
+    x = sample.Sampler(net, best)(range(hooks.NOISES), 8)
+    again = fidelity(x, best["reference"])[0]
+    assert abs(again - [e for e in log_of(tmp_path / "out") if e["step"] == best["step"]][0]["fidelity_8"]) < 1e-3
+
+def test_a_chain_is_compared_with_its_first_model(ckpt, tmp_path):
+    """The reference is handed on: what the middle model spoiled counts as spoiled."""
+    distill.main([*flags(ckpt, tmp_path / "a", lr=1e-2), "--no-guard"])
+    distill.main([*flags(tmp_path / "a" / "ckpt.pt", tmp_path / "b"), "--no-guard"])
+    a, b = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in "ab")
+    assert torch.equal(a["reference"], b["reference"]) and not torch.equal(b["before"][-1], b["reference"])
 
 def test_a_loss_that_is_not_finite_ends_the_run(ckpt, tmp_path, monkeypatch):
     real = distill.distillation_loss
@@ -397,7 +419,7 @@ def test_what_cant_work_is_refused(ckpt, tmp_path, capsys):
         distill.main(flags(tmp_path / "no.pt", out))
     for bad, word in ((["--steps", "7"], "even"), (["--updates", "2"], "depths"), (["--data", "x"], "reads no data"),
                       (["--schedule", "tsd", "--target-ema", "0.9"], "teacher"), (["--target-ema", "1"], "below 1"),
-                      (["--stagger"], "unrecognized"), (["--drift", "0.5"], "factor"),
+                      (["--stagger"], "unrecognized"), (["--for-steps", "3"], "invalid choice"),
                       (["--weight", "logsnr"], "invalid choice"),
                       (["--guidance", "3", "1"], "lower one first"), (["--out", str(ckpt.parent)], "folder of --ckpt")):
         with pytest.raises(SystemExit):

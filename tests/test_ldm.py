@@ -406,7 +406,7 @@ def small(tmp_path, monkeypatch):
 
 def distil(folder, name, *flags, out="out"):
     distill.main(["--ldm", name, "--ckpt", str(folder / f"{name}.ckpt"), "--out", str(folder / out), "--steps", "8",
-                  "--batch", "4", "--log-every", "1", "--drift", "0", "--cache", str(folder / "cache"), *CPU, *flags])
+                  "--batch", "4", "--log-every", "1", "--no-guard", "--cache", str(folder / "cache"), *CPU, *flags])
     return folder / out / "ckpt.pt"
 
 def test_an_ldm_is_sampled_into_a_grid_and_files(small):
@@ -444,7 +444,7 @@ def test_an_ldm_is_distilled_and_the_result_needs_nothing_else(small, schedule, 
     script.main(["--ckpt", str(ckpt), "--steps", "2", "-n", "2", "--out", str(small / "g.png"), *CPU])
     assert f"(the model: LDM's small-class; then {schedule}, 6 updates from 8 steps)" in capsys.readouterr().out
     files = {p.name for p in ckpt.parent.iterdir() if not p.name.startswith("pool-")}
-    assert files == {"ckpt.pt", "curves.png", "log.jsonl", "samples-000006.png"}
+    assert files == {"best.pt", "ckpt.pt", "curves.png", "log.jsonl", "samples-000006.png"}
 
 def test_a_distilled_ldm_is_scored_and_exported(small):
     ckpt = distil(small, "small", "--updates", "3", "--fid-every", "3", "--fid-samples", "4", "--weights", "random",
