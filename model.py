@@ -81,15 +81,22 @@ def zero(layer):
         nn.init.zeros_(p)
     return layer
 
+class GroupNorm(nn.GroupNorm):
+    """On a CPU in float32: its kernel for bfloat16 with channels last is several times slower, backwards above all."""
+
+    def forward(self, h):
+        slow = h.device.type == "cpu" and h.dtype == torch.bfloat16
+        return super().forward(h.float()).to(h.dtype) if slow else super().forward(h)
+
 class ResBlock(nn.Module):
     """h + conv(norm(conv(norm(h)) + time)): the workhorse. (B, Cin, H, W) -> (B, Cout, H, W)."""
 
     def __init__(self, c, cin, cout):
         super().__init__()
-        self.norm1 = nn.GroupNorm(c.groups, cin)
+        self.norm1 = GroupNorm(c.groups, cin)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
         self.emb = nn.Linear(4 * c.channels, cout)
-        self.norm2 = nn.GroupNorm(c.groups, cout)
+        self.norm2 = GroupNorm(c.groups, cout)
         self.dropout = nn.Dropout(c.dropout)
         self.conv2 = zero(nn.Conv2d(cout, cout, 3, padding=1))
         self.skip = nn.Identity() if cin == cout else nn.Conv2d(cin, cout, 1)
@@ -115,7 +122,7 @@ class SelfAttention(nn.Module):
     def __init__(self, c, ch):
         super().__init__()
         self.heads = ch // c.head_channels if c.head_channels else c.heads
-        self.norm = nn.GroupNorm(c.groups, ch)
+        self.norm = GroupNorm(c.groups, ch)
         self.qkv = nn.Linear(ch, 3 * ch)
         self.proj = zero(nn.Linear(ch, ch))
 
@@ -158,7 +165,7 @@ class Transformer(nn.Module):
 
     def __init__(self, c, ch):
         super().__init__()
-        self.norm = nn.GroupNorm(c.groups, ch, eps=1e-6)          # this one norm has another epsilon in LDM
+        self.norm = GroupNorm(c.groups, ch, eps=1e-6)          # this one norm has another epsilon in LDM
         self.proj_in = nn.Linear(ch, ch)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(ch) for _ in range(3))
         self.attn1 = CrossAttention(c, ch, ch)
@@ -246,7 +253,7 @@ class UNet(nn.Module):
                 attn = attention(ch) if factor in c.attention else None
                 self.up.append(Stage(res, attn, Upsample(ch) if i == c.blocks and level else None))
             factor //= 2
-        self.norm = nn.GroupNorm(c.groups, ch)
+        self.norm = GroupNorm(c.groups, ch)
         self.out = zero(nn.Conv2d(ch, c.in_channels, 3, padding=1))
         self.length_in = self.length_out = None
         if c.step_length:
