@@ -61,6 +61,7 @@ class QuickScore:
 
     def __init__(self, data, size, crop=None, n=512):
         self.data, self.features, self.n = load_data(data, size, crop), Features(), n
+        self.contrast = to_tensor(self.data.pixels[:2000]).std().item()      # of the data
         self.real = self.statistics(to_tensor(self.data.pixels[i:i + 250]) for i in range(0, len(self.data), 250))
 
     def statistics(self, batches):

@@ -1,0 +1,90 @@
+"""How far does fine-tuning get with so many evaluations? PD, TSD, steadied DSD and shortcut at equal cost.
+
+    python experiments/budgets.py --ckpt out/celeba32 --data celeba-10k.zip --crop 0.787    # 10^4 and 10^5: 3 hours
+
+An evaluation is one image through the network once, with a gradient or without; those of shortcut's own samples count.
+Each method has several rates, of one seed; the best of them, by the mean of the quick score at 1 to 8 steps, is then
+run with the other seeds. Runs that exist are not made again, and one that was stopped goes on. Writes docs/budgets.md.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+from common import ROOT, STEPS, QuickScore, heading, row, seconds, to_the_end
+
+import distill
+
+BATCH = 32
+METHODS = {                                                   # evaluations of a row in an update, and the rates to try
+    "tsd": dict(cost=3, rates=[1e-4, 3e-5, 1e-5]),
+    "pd": dict(cost=3, rates=[1e-4, 3e-5, 1e-5]),
+    "dsdgl": dict(cost=2, rates=[7e-5, 2e-5, 7e-6], flags=["--target-ema", "0.98"]),
+    "shortcut": dict(cost=2.5, rates=[1e-3, 3e-4]),           # half of the rows: two more; the others: the anchor's
+}
+
+def flags_of(method, budget, lr, seed, ckpt, data):
+    """(flags of distill.py, evaluations) of a run that makes about `budget` evaluations."""
+    m, own = METHODS[method], 0
+    flags = ["--schedule", method, "--lr", str(lr), "--seed", str(seed), "--ckpt", ckpt, "--batch", str(BATCH),
+             "--no-guard", *m.get("flags", []), *(["--data", data] if method == "pd" and data else [])]
+    if method == "shortcut":
+        pool, steps = (100, 32) if budget < 5e4 else (500, 64)
+        flags += ["--pool", str(pool), "--steps", str(steps)]
+        own = pool * steps
+    updates = int((budget - own) / m["cost"] / BATCH)
+    return [*flags, "--updates", str(updates)], own + updates * BATCH * m["cost"]
+
+def line(name, runs, budget):
+    """A line of the table: the same run with several seeds."""
+    rest = [""] * (len(STEPS) - len(runs[0]["scores"]))       # a rate that was only tried has no many steps
+    took = sum(r["seconds"] for r in runs) // len(runs)
+    return row(name, [r["scores"] for r in runs], *rest, f"10^{math.log10(budget):.3g}", str(len(runs)), str(took))
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ckpt", default="out/train", help="the model to distil, or its folder (default: out/train)")
+    p.add_argument("--data", help="what it was trained on (default: the built-in pictures)")
+    p.add_argument("--crop", type=float)
+    p.add_argument("--size", type=int, default=32)
+    p.add_argument("--budgets", type=float, nargs="+", default=[1e4, 1e5], help="(default: 1e4 1e5; then 1e6: a GPU)")
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one chooses the rate")
+    p.add_argument("--out", default="out/budgets", metavar="DIR", help="of the runs (default: %(default)s)")
+    p.add_argument("--docs", default=str(ROOT / "docs"), metavar="DIR", help="of the table (default: docs)")
+    args = p.parse_args(argv)
+    ckpt = str(Path(args.ckpt) / "ckpt.pt") if Path(args.ckpt).is_dir() else args.ckpt
+    score, lines, found = QuickScore(args.data, args.size, args.crop), [], []
+
+    def run(method, budget, lr, seed, steps=STEPS):
+        """The scores of a run at these step counts, made if need be."""
+        out = Path(args.out) / f"{method}-{budget:g}-{lr:g}-{seed}"
+        flags, evaluations = flags_of(method, budget, lr, seed, ckpt, args.data)
+        to_the_end(distill.main, out, flags)
+        scores = score.of_file(out / "ckpt.pt", steps)
+        found.append(dict(method=method, budget=budget, lr=lr, seed=seed, evaluations=evaluations, scores=scores,
+                          seconds=round(seconds(out, BATCH))))
+        return found[-1]
+
+    lines.append(row("undistilled", [score.of_file(Path(ckpt))], "", "", ""))
+    for budget in args.budgets:
+        for method in args.methods:
+            tried = [run(method, budget, lr, args.seeds[0], STEPS[:4]) for lr in METHODS[method]["rates"]]
+            best = min(tried, key=lambda r: sum(s for s, _ in r["scores"]))
+            same = [run(method, budget, best["lr"], seed) for seed in args.seeds]
+            for r in tried:
+                if r is not best:
+                    lines.append(line(f"{method}, {r['lr']:g}", [r], budget))
+            lines.append(line(f"**{method}, {best['lr']:g}**", same, budget))
+            text = "\n".join([
+                "Fine-tuning at equal cost (`python experiments/budgets.py`): quick score of 512 samples in N steps,",
+                f"and contrast (of the data: {score.contrast:.3f}). Bold: the best rate of a method, chosen by seed "
+                f"{args.seeds[0]};", "mean and half the range over seeds. Seconds of updates.", "",
+                heading("method, rate", *STEPS, "budget", "seeds", "seconds"), *lines]) + "\n"
+            Path(args.docs, "budgets.md").write_text(text)
+            Path(args.docs, "budgets.json").write_text(json.dumps(found, indent=1))
+    print(text)
+
+if __name__ == "__main__":
+    main()
