@@ -4,9 +4,11 @@ from checkpoint import whole_file
 from rundir import read_log
 from runtime import rank
 
+STEPS = 1, 2, 4, 8, 64
 PANELS = {                                                    # title: keys of the log, of which some may be missing
     "loss": ["loss", "v", "x", "jump"], "norm of the gradient": ["grad_norm"], "learning rate": ["lr"],
-    "depth": ["depth"], "where trajectories end": ["mean", "std", "diversity"],
+    "depth": ["depth"], "fidelity at N steps": [f"fidelity_{n}" for n in STEPS],
+    "contrast at N steps": [f"contrast_{n}" for n in STEPS],
 }
 LOGARITHMIC = "loss", "norm of the gradient", "depth"
 

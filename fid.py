@@ -53,9 +53,10 @@ from runtime import (
     sum_over_ranks,
     warn_if_busy,
 )
-from sample import load_sampler
+from sample import Sampler, load_sampler
 
 VERSION = 2     # of all scores: a change to how they are computed, or stored, must raise it
+NOISES, MANY = 32, 64       # of fidelity: how many samples, and the steps of those that it compares with
 KEPT = 5000     # features kept for KID, which sums do not determine: 41 MB, however many images there are
 
 # ---- statistics of many images ------------------------------------------------------------------------------
@@ -392,6 +393,20 @@ def decoded_batches(source, batch):
             yield start, map(itemgetter(1), images)
 
 # ---- models: the rows of Tables 1 and 2 --------------------------------------------------------------------------
+def fidelity_scorer(sampler, state):
+    """A function steps -> `fidelity` of a checkpoint's samples in so many steps, and its spread over noises, as scores.
+
+    The reference is the model that it was distilled from, as its checkpoint has it, or else the model itself, in
+    MANY steps. Classes are spread over all, and guidance is that of the sampler."""
+    count = state["config"]["classes"]
+    own = Sampler(sampler.xhat.net, state, sampler.device, sampler.dtype,
+                  list(range(0, count, max(1, count // NOISES))) or None, sampler.w)
+    draw = cache(lambda steps: own.draw(range(NOISES), steps).float().cpu())
+    def score(steps):
+        value, error = fidelity(draw(steps), state["reference"] if "reference" in state else draw(MANY))
+        return {"fidelity": round(value, 4), "fidelity std": round(error * NOISES ** 0.5, 4)}
+    return score
+
 def evaluate(args, path, features, device):
     """What `compare` gives for one checkpoint at each of --steps, from its cache where that is known: on rank 0."""
     sampler, state = load_sampler(path, args, device, pick_dtype(args.dtype, device))
@@ -409,6 +424,7 @@ def evaluate(args, path, features, device):
     unknown = [steps for steps in args.steps if not kept(steps).exists()]
     new = 0 if reference_path(images, features, count).exists() else count or len(images)
     tell_time(path, sampler, features, unknown, args.n, new)
+    fidelity_at = fidelity_scorer(sampler, state)
     reference, results = [], []                               # read, or computed, for the first score that is not known
     for steps in args.steps:
         file, result = kept(steps), None
@@ -423,6 +439,7 @@ def evaluate(args, path, features, device):
             if rank():
                 continue
             result = compare(reference[0], fake)
+            result["scores"] |= fidelity_at(steps)
             try:
                 with whole_file(file) as tmp:
                     tmp.write_text(json.dumps(result, indent=1))

@@ -10,13 +10,13 @@ import sys
 import torch
 
 from data import save_grid
-from fid import compare, fidelity, packed_statistics, sampled_statistics
+from fid import MANY, NOISES, compare, fidelity, packed_statistics, sampled_statistics
 from inception import load_features
 from runtime import broadcast, log_stderr, progress, rank
 from sample import Sampler
 
-SHOWN = 1, 2, 4, 8, 64     # step counts of the pictures, and of the scores except for the last
-NOISES, COLUMNS = 32, 10   # of a look; and how many of them the pictures show
+SHOWN = 1, 2, 4, 8, MANY   # step counts of the pictures, and of the scores except for the last
+COLUMNS = 10               # of the pictures: so many of the NOISES
 LOOKS = 16                 # in the course of a run
 
 # ---- samples from always the same noise ---------------------------------------------------------------------

@@ -19,8 +19,8 @@ import distill
 import sample
 import train
 
-# Updates such that the three trainings take the same time, in units of --updates. Evaluations for each image of a batch:
-# one with a gradient and, of Equation 1, one more; two for each row that jumps; one for each that is anchored.
+# The share of --updates with which the three trainings take the same time. Evaluations for each image of a batch: one
+# with a gradient and, of Equation 1, one more; two for each row that jumps; one for each that is anchored.
 TRAIN = ["--lr-end", "1e-5", "--sample-every", "0"]
 RUNS = {
     "plain": dict(main=train.main, share=1.2, evaluations=1, flags=TRAIN),
@@ -64,8 +64,8 @@ def main(argv=None):
         lines.append(row(name, found[name], f"{32 * updates_of(run) * run['evaluations'] + own:,.0f}", f"{took:.0f}"))
     text = "\n".join([
         f"{'Faces at 32x32, small32' if args.data else 'Built-in pictures at 16x16, toy model'}, batch 32, seeds "
-        f"{', '.join(map(str, args.seeds))} (`python experiments/few_steps.py`). Quick score of 512 samples in N steps,",
-        f"mean and half the range of the seeds, and contrast (of the data: {score.contrast:.3f}).", "",
+        f"{', '.join(map(str, args.seeds))} (`python experiments/few_steps.py`).", "Quick score of 512 samples in N "
+        f"steps, mean and half the range of the seeds, and contrast (of the data: {score.contrast:.3f}).", "",
         heading("", *STEPS, "evaluations", "seconds"), *lines]) + "\n"
     Path(args.docs, f"{name_of}.md").write_text(text)
     Path(args.docs, f"{name_of}.json").write_text(json.dumps(found, indent=1))

@@ -260,6 +260,16 @@ def test_kid_is_the_reference():
     np.testing.assert_allclose(fid.kid(x, y, 20, 50), GOLDEN["kid_subsets20x50"], rtol=1e-9)
     assert fid.kid(x, y) == (fid.mmd2(x, y), 0.0)
 
+def test_fidelity_is_1_for_the_same_a_half_for_the_average_and_0_for_others():
+    torch.manual_seed(0)
+    r, other = torch.randn(2, 2000, 3, 4, 4).unbind()
+    assert fid.fidelity(r, r) == (1, 0)
+    assert fid.fidelity(r.mean(0).expand_as(r), r)[0] == pytest.approx(0.5, abs=1e-3)
+    assert fid.fidelity(other, r)[0] == pytest.approx(0, abs=0.01)
+    assert fid.fidelity(other.flip(0), r.flip(0))[0] == pytest.approx(fid.fidelity(other, r)[0], abs=1e-6)
+    value, error = fid.fidelity(other[:500], r[:500])         # its standard error is that of the mean
+    assert abs(value) < 4 * error and error == pytest.approx(fid.fidelity(other, r)[1] * 2, rel=0.2)
+
 def test_features_kept_for_kid_are_a_bounded_uniform_and_repeatable_choice():
     n = 4 * fid.KEPT
     kept = Rows(torch.arange(float(n))[:, None]).statistics(64).kid_features[:, 0]
@@ -470,6 +480,7 @@ def test_a_model_is_scored_as_its_saved_images_would_be(tmp_path, tiny, model):
     sampling.main([*model[:2], "-n", "10", "--steps", "2", "--save", str(tmp_path / "png"), "--device", "cpu",
                    "--dtype", "fp32"])
     saved = fid.compare(statistics_of(model[3], tiny), statistics_of(tmp_path / "png", tiny))
+    assert two["scores"].keys() - saved["scores"].keys() == {"fidelity", "fidelity std"}
     for name, value in saved["scores"].items():
         assert value == pytest.approx(two["scores"][name], rel=1e-5, abs=1e-9), name
     pixels = np.stack([np.asarray(Image.open(f)) for f in sorted((tmp_path / "png").glob("*.png"))]) / 127.5 - 1
