@@ -161,6 +161,7 @@ SETTINGS = {
     "tsd": dict(lr=5e-5), "pd": dict(lr=3e-5), "shortcut": dict(lr=1e-3, ema=0.95),
 }
 STEADIED = dict(schedule="dsdi", lr=2e-4, target_ema=0.995, ema=0.995)
+FEW = dict(schedule="dsdgl", lr=3e-5, updates=128)            # from 64 steps hardly a trajectory is walked to its end
 
 def all_models(mixture, seed):
     """{name: model}: the exact denoiser, trained networks, and one distilled by each method."""
@@ -170,6 +171,8 @@ def all_models(mixture, seed):
     models["dsdi, D = 0.995"] = in_the_lab(net, mixture, seed=seed, **STEADIED)
     models["shortcut, 10 x the updates"] = in_the_lab(net, mixture, "shortcut", seed=seed, updates=6000,
                                                       **SETTINGS["shortcut"])
+    models["dsdgl, P = 128"] = in_the_lab(net, mixture, seed=seed, **FEW)
+    models["dsdgl, P = 128, from 20 steps"] = in_the_lab(net, mixture, seed=seed, steps=20, **FEW)
     return models | {"trained with --shortcut": trained_to_jump(mixture, seed=seed)}
 
 def main():
