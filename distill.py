@@ -126,7 +126,7 @@ def loop_of(schedule):
 
 # ---- command line -----------------------------------------------------------------------------------------
 # For small models: the rates that a search (docs/results.md) found best for each method at these other settings.
-DEFAULTS = dict(updates=128, batch=32, warmup=12, betas=[0.9, 0.98], ema=0.98, log_every=8, sample_every=0,
+DEFAULTS = dict(updates=128, batch=32, warmup=12, betas=[0.9, 0.98], ema=0.98, log_every=10, sample_every=0,
                 save_every=64)
 RATES = {"dsdn": 1e-5, "dsdi": 1e-5, "dsdgl": 5e-6, "dsdgexp": 5e-6, "tsd": 1e-4, "pd": 1e-4, "shortcut": 1e-3}
 

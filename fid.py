@@ -56,7 +56,7 @@ from runtime import (
 from sample import Sampler, load_sampler
 
 VERSION = 2     # of all scores: a change to how they are computed, or stored, must raise it
-NOISES, MANY = 32, 64       # of fidelity: how many samples, and the steps of those that it compares with
+NOISES, MANY = 20, 64       # of fidelity: how many samples, and the steps of those that it compares with
 KEPT = 5000     # features kept for KID, which sums do not determine: 41 MB, however many images there are
 
 # ---- statistics of many images ------------------------------------------------------------------------------
@@ -398,13 +398,14 @@ def fidelity_scorer(sampler, state):
 
     The reference is the model that it was distilled from, as its checkpoint has it, or else the model itself, in
     MANY steps. Classes are spread over all, and guidance is that of the sampler."""
-    count = state["config"]["classes"]
+    count, r = state["config"]["classes"], state.get("reference")
+    n = NOISES if r is None else len(r)
     own = Sampler(sampler.xhat.net, state, sampler.device, sampler.dtype,
-                  list(range(0, count, max(1, count // NOISES))) or None, sampler.w)
-    draw = cache(lambda steps: own.draw(range(NOISES), steps).float().cpu())
+                  list(range(0, count, max(1, count // n))) or None, sampler.w)
+    draw = cache(lambda steps: own.draw(range(n), steps).float().cpu())
     def score(steps):
-        value, error = fidelity(draw(steps), state["reference"] if "reference" in state else draw(MANY))
-        return {"fidelity": round(value, 4), "fidelity std": round(error * NOISES ** 0.5, 4)}
+        value, error = fidelity(draw(steps), draw(MANY) if r is None else r)
+        return {"fidelity": round(value, 4), "fidelity std": round(error * n ** 0.5, 4)}
     return score
 
 def evaluate(args, path, features, device):

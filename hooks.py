@@ -17,7 +17,7 @@ from sample import Sampler
 
 SHOWN = 1, 2, 4, 8, MANY   # step counts of the pictures, and of the scores except for the last
 COLUMNS = 10               # of the pictures: so many of the NOISES
-LOOKS = 16                 # in the course of a run
+LOOKS = 12                 # in the course of a run
 
 # ---- samples from always the same noise ---------------------------------------------------------------------
 def sampler_of(trainer, count=None, w=1.0):

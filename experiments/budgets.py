@@ -17,11 +17,14 @@ from common import ROOT, STEPS, QuickScore, heading, row, seconds, to_the_end
 import distill
 
 BATCH = 32
-METHODS = {                                                   # evaluations of a row in an update, and the rates to try
-    "tsd": dict(cost=3, rates=[1e-4, 3e-5, 1e-5]),
-    "pd": dict(cost=3, rates=[1e-4, 3e-5, 1e-5]),
-    "dsdgl": dict(cost=2, rates=[7e-5, 2e-5, 7e-6], flags=["--target-ema", "0.98"]),
-    "shortcut": dict(cost=2.5, rates=[1e-3, 3e-4]),           # half of the rows: two more; the others: the anchor's
+METHODS = {                                                   # evaluations of a row in an update, and further flags
+    "tsd": dict(cost=3), "pd": dict(cost=3), "dsdgl": dict(cost=2, flags=["--target-ema", "0.98"]),
+    "shortcut": dict(cost=2.5),                               # half of the rows: two more; the others: the anchor's
+}
+RATES = {                                                     # that are tried: many updates want low ones
+    1e4: dict(tsd=[3e-4, 1e-4], pd=[3e-4, 1e-4], dsdgl=[1.5e-4, 7e-5], shortcut=[1e-3]),
+    1e5: dict(tsd=[3e-5, 1e-5], pd=[3e-5, 1e-5], dsdgl=[2e-5, 7e-6], shortcut=[1e-3]),
+    1e6: dict(tsd=[3e-6, 1e-6], pd=[3e-5, 3e-6], dsdgl=[2e-6, 7e-7], shortcut=[1e-3]),
 }
 
 def flags_of(method, budget, lr, seed, ckpt, data):
@@ -48,7 +51,8 @@ def main(argv=None):
     p.add_argument("--data", help="what it was trained on (default: the built-in pictures)")
     p.add_argument("--crop", type=float)
     p.add_argument("--size", type=int, default=32)
-    p.add_argument("--budgets", type=float, nargs="+", default=[1e4, 1e5], help="(default: 1e4 1e5; then 1e6: a GPU)")
+    p.add_argument("--budgets", type=float, nargs="+", choices=RATES, default=[1e4, 1e5],
+                   help="evaluations (default: 1e4 1e5; 1e6 is for a GPU)")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one chooses the rate")
     p.add_argument("--out", default="out/budgets", metavar="DIR", help="of the runs (default: %(default)s)")
@@ -70,7 +74,7 @@ def main(argv=None):
     lines.append(row("undistilled", [score.of_file(Path(ckpt))], "", "", ""))
     for budget in args.budgets:
         for method in args.methods:
-            tried = [run(method, budget, lr, args.seeds[0], STEPS[:4]) for lr in METHODS[method]["rates"]]
+            tried = [run(method, budget, lr, args.seeds[0], STEPS[:4]) for lr in RATES[budget][method]]
             best = min(tried, key=lambda r: sum(s for s, _ in r["scores"]))
             same = [run(method, budget, best["lr"], seed) for seed in args.seeds]
             for r in tried:

@@ -82,8 +82,9 @@ def main(argv=None):
         rows.sort(key=lambda row: (["good", "poor", "lost", "?"].index(row[0]), -float(row[5])))
         Path(args.docs, f"{name_of}.md").write_text("\n".join([
             f"What runs do to fidelity and contrast, from one model, seed 0, {NOISES} noises "
-            f"(`python experiments/guard.py`).", "", heading("by eye", "run", "fidelity 2", "4", "8", "lowest on the way", "highest contrast",
-                                    "best update", "blurred 2 4 8", "SSIM 2 4 8"),
+            f"(`python experiments/guard.py`).", "",
+            heading("by eye", "run", "fidelity 2", "4", "8", "lowest on the way", "highest contrast", "best update",
+                    "blurred 2 4 8", "SSIM 2 4 8"),
             *("| " + " | ".join(row) + " |" for row in rows)]) + "\n")
     print(Path(args.docs, f"{name_of}.md").read_text())
 
