@@ -56,8 +56,8 @@ def ssim(x, y, side=7, sigma=1.5):
     return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean().item()
 
 def laboratory(docs):
-    """Each method at three rates, 600 updates: lost is who is further from the exact distribution at 4 or 8 steps than
-    the undistilled at half of those, good who is nearer at 4 than the undistilled at 4."""
+    """Each method at three rates, 600 updates, judged by the distance to the exact distribution: lost is who is further
+    from it in 4 steps than the undistilled model in 2, poor who is in 8 further than that in 4."""
     mixture, rows = lab.Mixture(), []
     net = lab.trained(mixture)
     at = lambda model: dict(zip(lab.STEPS, lab.distances(model, mixture), strict=True))  # noqa: E731
@@ -66,15 +66,15 @@ def laboratory(docs):
         lr *= lab.SETTINGS[method]["lr"]
         model = lab.in_the_lab(net, mixture, method, lr=lr, **({"ema": 0.95} if method == "shortcut" else {}))
         now, few = at(model), {n: lab.points(model, n) for n in (2, 4, 8)}
-        lost = any(not now[n] < was[n // 2] for n in (4, 8))
-        rows.append(["lost" if lost else "good" if now[4] < was[4] else "poor", f"{method} {lr:g}",
+        verdict = "lost" if not now[4] < was[2] else "poor" if now[8] > was[4] else "good"
+        rows.append([verdict, f"{method} {lr:g}",
                      *(f"{fidelity(x, r)[0]:.2f}" for x in few.values()),
                      f"{max((x.std() / r.std()).item() for x in few.values()):.2f}",
                      *(f"{now[n]:.3f}" for n in (2, 4, 8))])
     rows.sort(key=lambda row: (VERDICTS.index(row[0]), -float(row[4])))
     before = ", ".join(f"{was[n]:.3f}" for n in (2, 4, 8))
     text = "\n".join([
-        "The laboratory, 600 updates of 256 (`python experiments/guard.py --lab`), one seed; distances as in docs/lab.md,",
+        "The laboratory, 600 updates of 256, one seed (`python experiments/guard.py --lab`). Distances as in lab.md,",
         f"of the undistilled at 2, 4, 8 steps {before}.", "",
         heading("by distance", "run", "fidelity 2", "4", "8", "highest contrast", "distance 2", "4", "8"),
         *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
