@@ -68,8 +68,8 @@ def run_flags(g):
     g.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
                    help="write OUT's log and pictures for TensorBoard too, which is a package of its own")
     g.add_argument("--lr-end", type=positive,
-                   help="where the rate falls to, along a cosine (default: in distill.py to a tenth, in train.py "
-                        "with --shortcut to a hundredth, else it stays)")
+                   help="where the rate falls to, along a cosine (default: in distill.py to a tenth; in train.py with "
+                        "--shortcut to a hundredth, on the toy lower still; else it stays)")
     g.add_argument("--warmup", type=at_least(0), help="updates over which it rises from 0 (default: %(default)s)")
     g.add_argument("--betas", type=fraction, nargs=2, default=[0.9, 0.999], help="of Adam (default: %(default)s)")
     g.add_argument("--clip", type=positive, default=1.0, help="largest norm of the gradient (default: 1)")
