@@ -302,12 +302,15 @@ def main(argv=None):
         stream = stream or batches(own_samples(trainer), args, trainer.step, device)
     guard = Guard(trainer, args.for_steps, args.guard)
     trainer.hooks.insert(0, (args.sample_every or args.updates, guard.picture))
-    depth = lambda: {} if method.shortcut else dict(depth=locate(steps, trainer.step - 1)[0])  # noqa: E731
-    trainer.watch = lambda _: depth() | guard(trainer)
+    def watch(trainer):
+        depth = {} if method.shortcut else dict(depth=locate(steps, trainer.step - 1)[0])
+        return depth | guard(trainer)
+    trainer.watch = watch
     loop_of(args.schedule)(trainer, steps, stream)
-    scores = f"--ldm {args.ldm} --data IMAGES " if args.ldm else ""
-    print(f"done: {trainer.ckpt} and {trainer.out}/samples-{trainer.step:06d}.png; "
-          f"scores: python fid.py {scores}--ckpt {args.ckpt} {trainer.ckpt}")
+    scores, best = f"--ldm {args.ldm} --data IMAGES " if args.ldm else "", model_info["best"]["step"]
+    print(f"done: {trainer.ckpt} and {trainer.out}/samples-{trainer.step:06d}.png"
+          + (f"; the best fidelity was that of update {best}: {trainer.out}/best.pt" if best < trainer.step else "")
+          + f"; scores: python fid.py {scores}--ckpt {args.ckpt} {trainer.ckpt}")
 
 if __name__ == "__main__":
     launch(main)
