@@ -1,0 +1,90 @@
+"""The search behind the toy preset: settings of train.py at equal CPU time, by their loss on pictures never seen.
+
+    OMP_NUM_THREADS=1 python experiments/base.py      # writes docs/base.md; half an hour
+
+CPU seconds of a process with one thread hardly depend on what else the machine does, unlike the time on the wall. Each
+setting first shows what an update costs, then makes as many as --updates of the preset cost.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import ROOT, heading
+
+import train
+from checkpoint import load_model
+from data import to_tensor
+from ddim import Cosine
+from pictures import draw_picture
+from trainer import Trainer
+
+SETTINGS = {
+    "the preset": [], "rate 1e-3": ["--lr", "1e-3"], "rate 4e-3": ["--lr", "4e-3"],
+    "rate that stays": ["--lr-end", "2e-3"], "Adam's second decay 0.999": ["--betas", "0.9", "0.999"],
+    "batch 16": ["--batch", "16", "--ema", "0.998"], "batch 64": ["--batch", "64", "--ema", "0.99"],
+    "wider below": ["--mult", "1", "4", "4"], "narrower": ["--channels", "24"], "not mirrored": ["--no-flip"],
+    "attention at 8x8": ["--attention", "2", "--head-channels", "32"],
+}
+
+class Enough(Exception):
+    """An update's cost is known."""
+
+def cost(flags, out):
+    """CPU seconds of an update: the median of twelve, after four."""
+    ends, update = [], Trainer.update
+    def timed(self):
+        update(self)
+        ends.append(time.process_time())
+        if len(ends) == 17:
+            raise Enough
+    Trainer.update = timed
+    try:
+        train.main([*flags, "--updates", "100", "--out", str(out), "--overwrite"])
+    except Enough:
+        pass
+    finally:
+        Trainer.update = update
+    return float(np.median(np.diff(ends[4:])))
+
+@torch.no_grad()
+def loss_on_unseen(net, n=1000):
+    """Mean squared error of v̂ on n pictures after the last of the training data, one t and one noise for each."""
+    x = to_tensor(np.stack([draw_picture(20_000 + i, 16) for i in range(n)]))
+    g = torch.Generator().manual_seed(5)
+    eps, t = torch.randn(x.shape, generator=g), (torch.randperm(n, generator=g) + 0.5) / n
+    a, s = Cosine()(t)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = torch.cat([net(*part) for part in zip((a * x + s * eps).split(100), t.split(100), strict=True)])
+    return (out - (a * eps - s * x)).square().mean().item()
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--updates", type=int, default=500, help="of the preset (default: 500)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0])
+    p.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], metavar="SETTING")
+    p.add_argument("--out", default="out/base", metavar="DIR", help="of the runs (default: %(default)s)")
+    p.add_argument("--docs", default=str(ROOT / "docs"), metavar="DIR", help="of the table (default: docs)")
+    args = p.parse_args(argv)
+    base, out = ["--distill", "0.15", "--sample-every", "0"], Path(args.out)
+    one, rows = cost(base, out / "cost"), []
+    for name in args.settings:
+        flags = [*base, *SETTINGS[name]]
+        updates = round(args.updates * one / cost(flags, out / "cost"))
+        losses = []
+        for seed in args.seeds:
+            here = out / f"{name.replace(' ', '-')}-{seed}"
+            train.main([*flags, "--updates", str(updates), "--seed", str(seed), "--out", str(here), "--overwrite"])
+            losses.append(loss_on_unseen(load_model(here / "ckpt.pt")[0]))
+        rows.append(f"| {name} | `{' '.join(SETTINGS[name])}` | {updates} | {sum(losses) / len(losses):.4f} |")
+        text = "\n".join([
+            f"The toy at the CPU time of {args.updates} updates of `python train.py --distill 0.15`, seeds "
+            f"{', '.join(map(str, args.seeds))} (`python experiments/base.py`): loss of v̂ on 1,000 unseen pictures.", "",
+            heading("setting", "flags", "updates", "loss"), *rows]) + "\n"
+        Path(args.docs, "base.md").write_text(text)
+    print(text)
+
+if __name__ == "__main__":
+    main()
