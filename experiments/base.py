@@ -81,7 +81,8 @@ def main(argv=None):
         rows.append(f"| {name} | `{' '.join(SETTINGS[name])}` | {updates} | {sum(losses) / len(losses):.4f} |")
         text = "\n".join([
             f"The toy at the CPU time of {args.updates} updates of `python train.py --distill 0.15`, seeds "
-            f"{', '.join(map(str, args.seeds))} (`python experiments/base.py`).", "Loss of v̂ on 1,000 unseen pictures.", "",
+            f"{', '.join(map(str, args.seeds))} (`python experiments/base.py`).",
+            "Loss of v̂ on 1,000 unseen pictures.", "",
             heading("setting", "flags", "updates", "loss"), *rows]) + "\n"
         Path(args.docs, "base.md").write_text(text)
     print(text)
