@@ -125,12 +125,10 @@ def map_over_ranks(jobs, work):
     Yields the results in the order of the jobs, on rank 0; on the others nothing, but they must iterate as well."""
     for start in range(0, len(jobs), ranks()):
         group = jobs[start:start + ranks()]
-        result = work(group[rank()]) if rank() < len(group) else None
-        results = None if rank() else [None] * ranks()
-        if ranks() == 1:
-            results = [result]
-        else:
-            dist.gather_object(result, results)
+        results = [work(group[rank()]) if rank() < len(group) else None]
+        if ranks() > 1:
+            mine, results = results[0], None if rank() else [None] * ranks()
+            dist.gather_object(mine, results)
         yield from (results or [])[:len(group)]
 
 def describe_device(device):
