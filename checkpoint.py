@@ -35,8 +35,10 @@ def whole_file(path):
         os.replace(tmp, path)
     except (OSError, RuntimeError) as e:                      # torch's zip writer makes the latter of the former
         cause = e
-        while cause and not isinstance(cause, OSError):
+        while cause and not isinstance(cause, (OSError, KeyboardInterrupt)):
             cause = cause.__context__
+        if isinstance(cause, KeyboardInterrupt):              # Ctrl-C while it was writing
+            raise cause from None
         why = cause and cause.strerror or str(e).splitlines()[0]
         raise SystemExit(f"error: can't write {path} ({why}); what was there before is untouched") from None
     finally:

@@ -36,7 +36,8 @@ from runtime import log_stderr, progress
 VERSION = 1     # of the packing: a change to what is drawn or how it is resized must raise it
 CHUNK = 1024    # images packed between two entries of the journal
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-UNREAD = {".heic", ".heif", ".avif", ".jxl"}        # pictures too, that PIL may not read: then they are named
+UNREAD = {".heic", ".heif", ".avif", ".jxl", ".jfif", ".jp2", ".tga", ".psd", ".svg", ".exr",      # pictures too, that
+          ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"}     # PIL may not read: then they are named
 
 class DataError(SystemExit):
     """Data that can't be used. A SystemExit: uncaught, its one-line message is all the user sees."""

@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, count, groupby, islice
+from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
 
@@ -276,10 +276,7 @@ def check_alike(networks, sizes):
 def own_batches(items, batch):
     """This rank's batches of an iterable: (number of the first item, list); batch i is done on rank i mod ranks."""
     items = iter(items)
-    for i in count():
-        chunk = list(islice(items, batch))
-        if not chunk:
-            return
+    for i, chunk in enumerate(iter(lambda: list(islice(items, batch)), [])):
         if i % ranks() == rank():
             yield i * batch, chunk
 

@@ -326,10 +326,9 @@ def read_file(path):
 
     Lightning's files mention classes (of callbacks), which torch rightly refuses: they become empty stand-ins here.
     A file that calls anything but torch's own functions for tensors is refused. Raises CheckpointError."""
-    load_file = safetensors().torch.load_file if path.suffix == ".safetensors" else None
     try:
-        if load_file:
-            return load_file(path)
+        if path.suffix == ".safetensors":
+            return safetensors().torch.load_file(path)
         unknown = get_unsafe_globals_in_checkpoint(path)
         with safe_globals([(StubClass(name), name) for name in unknown]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -369,8 +368,8 @@ def weights_files(folder):
     files = {name: path for name in ("unet", "vqvae", "class_embedder") for end in (".bin", ".safetensors")
              if (path := Path(folder) / name / (WEIGHTS_FILE + end)).exists()}       # the latter if both are there
     if not files:
-        raise CheckpointError(f"error: {folder} is no folder in diffusers' layout: it has no unet/{WEIGHTS_FILE}"
-                              f".safetensors or .bin")
+        raise CheckpointError(f"error: {folder} holds no ckpt.pt, and is no folder in diffusers' layout: it has no "
+                              f"unet/{WEIGHTS_FILE}.safetensors or .bin")
     return files
 
 def read_folder(folder):

@@ -108,13 +108,11 @@ def prepare_out(args, state):
         return
     out = Path(args.out)
     with claimed(out):
+        for f in files_of_run(out):
+            if not state or f.suffix == ".tmp":               # of a resumed run: what it was writing when it was killed
+                f.unlink()
         if not state:
-            for f in files_of_run(out):
-                f.unlink()
             return
-        for f in files_of_run(out):                           # what it was writing when it was killed
-            if f.suffix == ".tmp":
-                f.unlink()
         step, done = state["step"], hooks_are_done(state, out)
         kept = [e for e in read_log(out) if e["step"] < step or (e["step"] == step and (done or "loss" in e))]
         with whole_file(out / "log.jsonl") as tmp:

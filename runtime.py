@@ -125,12 +125,10 @@ def map_over_ranks(jobs, work):
     Yields the results in the order of the jobs, on rank 0; on the others nothing, but they must iterate as well."""
     for start in range(0, len(jobs), ranks()):
         group = jobs[start:start + ranks()]
-        result = work(group[rank()]) if rank() < len(group) else None
-        results = None if rank() else [None] * ranks()
-        if ranks() == 1:
-            results = [result]
-        else:
-            dist.gather_object(result, results)
+        results = [work(group[rank()]) if rank() < len(group) else None]
+        if ranks() > 1:
+            mine, results = results[0], None if rank() else [None] * ranks()
+            dist.gather_object(mine, results)
         yield from (results or [])[:len(group)]
 
 def describe_device(device):
@@ -139,12 +137,22 @@ def describe_device(device):
 
 def warn_if_busy(device):
     """Say before a long computation on a CPU that others use it: threads that wait for each other crawl."""
-    if device.type != "cpu" or not hasattr(os, "getloadavg") or torch.get_num_threads() == 1:
-        return
-    load, cores = os.getloadavg()[0], os.cpu_count()
-    if load > 0.7 * cores:
-        log_stderr(f"warning: {cores} cores, and a load of {load:.1f} from other programs: {torch.get_num_threads()} "
-                   f"threads that wait for each other can be ten times slower than one. Try OMP_NUM_THREADS=1")
+    threads = torch.get_num_threads()
+    if device.type == "cpu" and threads > 1 and (slower := seconds_of_work(threads) / seconds_of_work(1)) > 2:
+        log_stderr(f"warning: {threads} threads are {slower:.0f} times slower here than one, as other programs keep "
+                   f"the processor busy. Try OMP_NUM_THREADS=1")
+
+def seconds_of_work(threads):
+    """How long so many threads take for a hundred small products of matrices: less than 0.1 s on an idle machine."""
+    before, a = torch.get_num_threads(), torch.ones(256, 256)
+    torch.set_num_threads(threads)
+    a @ a                                                     # the threads start
+    start = time.perf_counter()
+    for _ in range(100):
+        a @ a
+    seconds = time.perf_counter() - start
+    torch.set_num_threads(before)
+    return seconds
 
 def progress(quiet=False, **settings):
     """A tqdm bar, on rank 0 alone; none if `quiet`."""

@@ -170,9 +170,11 @@ class Trainer:
                 yield self.step                               # here the loop's body runs
                 self.step += 1
                 bar.update()
-                stop = ranks() == 1 and bool(stopped)
+                stop, count, now = ranks() == 1 and bool(stopped), len(self.pending), time.perf_counter()
+                if now - since > 60:                          # the first line of the log may be hours away
+                    self._tell_long(count * a.batch / (now - since))
                 if self._due(a.log_every) or self._due(a.save_every) or stop:
-                    count, (means, stop) = len(self.pending), self._means(bool(stopped), bar)
+                    means, stop = self._means(bool(stopped), bar)
                     now = time.perf_counter()
                     speed = round(count * a.batch / (now - since), 1)
                     entry = {"step": self.step} | means | dict(lr=lr, images_per_s=speed)

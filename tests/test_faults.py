@@ -4,6 +4,7 @@ With the real thing where it can be had: a process of its own that is killed, li
 """
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import sys
 import time
 import weakref
 import zipfile
+from itertools import count
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ import hooks
 import runtime
 import sample
 import train
-from checkpoint import claimed, load_checkpoint, save_checkpoint
+from checkpoint import claimed, load_checkpoint, save_checkpoint, whole_file
 from data import DataError, load_data
 from ldm import load_model, model_hash
 
@@ -464,9 +466,11 @@ def test_a_log_is_json_even_for_a_batch_of_one(ckpt, tmp_path):
 # ---- what a run will be like, told before -------------------------------------------------------------------------
 def test_pictures_of_kinds_that_cant_be_read_are_named(tmp_path, capsys):
     labelled_images(tmp_path / "d")
-    (tmp_path / "d" / "a" / "IMG_1.HEIC").write_bytes(b"ftypheic")
-    load_data(tmp_path / "d", 8, None, tmp_path / "c")
-    assert "skipped 1 of 11 images that can't be read: a/IMG_1.HEIC" in capsys.readouterr().err
+    for name in ("IMG_1.HEIC", "IMG_2.dng", "notes.txt"):
+        (tmp_path / "d" / "a" / name).write_bytes(b"II*")
+    (tmp_path / "d" / "a" / "0.png").rename(tmp_path / "d" / "a" / "0.jfif")
+    assert len(load_data(tmp_path / "d", 8, None, tmp_path / "c")) == 10
+    assert re.search(r"skipped 2 of 12 images .* a/IMG_1.HEIC .* a/IMG_2.dng", capsys.readouterr().err)
 
 def test_a_few_pictures_are_learned_by_heart(small_run, capsys):
     train.main([*small_run, "--updates", "2"])
@@ -475,25 +479,42 @@ def test_a_few_pictures_are_learned_by_heart(small_run, capsys):
     assert train.told_passes(10, args) == ("each image will be seen 800 times, and so many views of so few are learned "
                                            "by heart: 125 updates would make it 100\n")
 
-def test_a_run_of_months_is_told(small_run, capsys, monkeypatch):
-    steps = iter(range(10))
+@pytest.mark.parametrize("log_every,pace", [("1", 0), ("1000", 70)])
+def test_a_run_of_months_is_told_at_once(log_every, pace, small_run, capsys, monkeypatch):
+    """At the first line of the log; where that is far away, after a minute. pace: seconds at each look at a clock."""
+    ticks, clock, steps = count(0, pace), time.perf_counter, iter(range(10))
     def stop(trainer):
         if next(steps) == 2:
             raise KeyboardInterrupt
     monkeypatch.setattr(train, "sample_picture", stop)
+    monkeypatch.setattr("time.perf_counter", lambda: clock() + next(ticks))
     with exits("130"):
-        train.main([*small_run, "--updates", "1000000000", "--sample-every", "1"])
+        train.main([*small_run, "--updates", "1000000000", "--sample-every", "1", "--log-every", log_every])
     error = capsys.readouterr().err
     assert len(re.findall(r"at this speed the run takes [\d,]+ hours more", error)) == 1
 
 def test_a_busy_machine_is_told(monkeypatch, capsys):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    for load, threads, told in ((2.0, 2, True), (0.2, 2, False), (2.0, 1, False)):
-        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0, 0))
+    for several, threads, told in ((2.0, 2, True), (0.6, 2, False), (1.0, 1, False)):
+        monkeypatch.setattr("runtime.seconds_of_work", lambda n, several=several: several if n > 1 else 0.9)
         monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
-        runtime.warn_if_busy(cpu)
-        assert ("Try OMP_NUM_THREADS=1" in capsys.readouterr().err) == told
+        runtime.warn_if_busy(torch.device("cpu"))
+        assert ("2 times slower here than one" in capsys.readouterr().err) == told
+
+def test_measuring_the_machine_leaves_it_as_it_was():
+    before = torch.get_num_threads()
+    assert 0 < runtime.seconds_of_work(before + 1) < 60 and torch.get_num_threads() == before
+
+def test_ctrl_c_in_the_midst_of_a_checkpoint_is_no_full_disk(tmp_path):
+    """torch.save makes a RuntimeError of it, as of an error of the disk."""
+    class Interrupted(io.BytesIO):
+        def write(self, data):
+            if self.tell():
+                raise KeyboardInterrupt
+            return super().write(data)
+    save_checkpoint(tmp_path / "a.pt", dict(step=1))
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "a.pt"):
+        torch.save(dict(step=torch.zeros(9)), Interrupted())
+    assert torch.load(tmp_path / "a.pt") == dict(step=1) and len(list(tmp_path.iterdir())) == 1
 
 def test_a_reader_that_has_seen_enough_is_no_error():
     command = f"{sys.executable} {ROOT}/distill.py --dry-run --steps 64 | head -1"

@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -71,6 +72,13 @@ def test_an_installation_has_every_module():
     text = (ROOT / "pyproject.toml").read_text()
     listed = re.search(r"py-modules = \[(.*?)\]", text, re.S)[1]
     assert re.findall(r'"(\w+)"', listed) == sorted(p.stem for p in ROOT.glob("*.py"))
+
+def test_the_torch_of_the_tests_is_one_that_users_may_have():
+    allowed, pinned = ({r.name: r for r in map(Requirement, re.findall(r"^\w.*", (ROOT / name).read_text(), re.M))}
+                       for name in ("requirements.txt", "requirements-dev.txt"))
+    [version] = [s.version for s in pinned["torch"].specifier if s.operator == "=="]
+    assert version in allowed["torch"].specifier and len(allowed["torch"].specifier) == 2
+    assert not any(s.operator == "==" for r in allowed.values() for s in r.specifier)
 
 def test_the_lines_for_python_draw_a_picture(small_run, tmp_path, monkeypatch):
     import train
