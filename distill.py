@@ -1,6 +1,7 @@
 """Distil a trained diffusion model into itself (section 4.1): afterwards it samples well in few steps.
 
-    python distill.py --schedule dsdi                          # the last trained model; no data, no teacher
+    python distill.py --schedule dsdi                          # the model of out/train; no data, no teacher
+    python distill.py --schedule shortcut                      # beyond the paper: 1 to 64 steps from one model
     python distill.py --schedule tsd --ckpt out/train/ckpt.pt  # a frozen teacher makes the targets, for comparison
     python distill.py --schedule pd --data celeba.zip          # progressive distillation: the one that reads data
     python distill.py --ldm celebahq256 --ckpt model.ckpt --schedule dsdn      # LDM's models: see ldm.py

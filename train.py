@@ -172,7 +172,7 @@ def main(argv=None):
     state, config = check_out(args), make_config(args)
     images = load_data(args.data, args.size, args.crop, args.cache)
     if args.classes and not images.classes:
-        sys.exit(f"error: --classes needs labels, and {args.data} has none (sub-folders name the classes)")
+        sys.exit(f"error: --classes needs labels, and {args.data} has none (of sub-folders, or a dataset.json)")
     if args.classes and state:
         images.number_as(state["classes"])
     classes = list(images.classes) if args.classes else []
