@@ -129,10 +129,11 @@ def loop_of(schedule):
 # For small models: the rates that a search (docs/results.md) found best for each method at these other settings.
 DEFAULTS = dict(updates=128, batch=32, warmup=12, betas=[0.9, 0.98], ema=0.98, log_every=10, sample_every=0,
                 save_every=64)
-RATES = {"dsdn": 1e-5, "dsdi": 1e-5, "dsdgl": 5e-6, "dsdgexp": 5e-6, "tsd": 1e-4, "pd": 1e-4, "shortcut": 1e-3}
+RATES = {"dsdn": 1e-5, "dsdi": 1e-5, "dsdgl": 5e-6, "dsdgexp": 5e-6, "tsd": 1e-4, "pd": 1e-4, "shortcut": 5e-4}
 
-# For shortcut, with any model; with LDM's they were never tried.
-SHORTCUT = dict(updates=600, lr=RATES["shortcut"], warmup=30, ema=0.95, target_ema=0.95, guidance=[2.0, 2.0])
+# For shortcut, with any model; with LDM's they were never tried. Own samples: rather many than of many steps.
+SHORTCUT = dict(updates=600, lr=RATES["shortcut"], lr_share=0.02, warmup=30, ema=0.98, target_ema=0.95, steps=16,
+                guidance=[2.0, 2.0])
 
 # For LDM's models: Table 3. It has no batch, and no length of the warm-up: those are ours.
 TABLE3 = dict(updates=4000, batch=8, lr=1e-6, warmup=100, betas=[0.9, 0.98], ema=0.995, log_every=20, sample_every=1000,
@@ -158,7 +159,8 @@ def parse_args(argv=None):
     g.add_argument("--ckpt", type=checkpoint, default="out/train/ckpt.pt", metavar="FILE",
                    help="the model to distil, or its folder; from its averaged weights (default: %(default)s)")
     ldm_flag(g)
-    g.add_argument("--steps", type=int, default=64, metavar="N", help="start depth (default: 64, the paper's)")
+    g.add_argument("--steps", type=int, default=64, metavar="N",
+                   help="start depth (default: 64, the paper's); of shortcut: steps of its own samples (default: 16)")
     optimiser_flags(g)
     g.add_argument("--target", choices=["ddim", "x0"], default="ddim",
                    help="x'': where one big step must aim (ddim, default), or the second prediction (x0, section 4.1)")
@@ -177,7 +179,7 @@ def parse_args(argv=None):
     g.add_argument("--guard", action=argparse.BooleanOptionalAction, default=True,
                    help="end a run whose few-step samples are lost (default: on)")
     g.add_argument("--share", type=fraction, default=0.5, metavar="b", help="of the rows that jump, for shortcut")
-    g.add_argument("--pool", type=at_least(1), default=500, metavar="M",
+    g.add_argument("--pool", type=at_least(1), default=2000, metavar="M",
                    help="how many samples of its own shortcut draws, in --steps steps, where it has no --data")
     g = p.add_argument_group("the data")
     g.add_argument("--data", metavar="PATH",

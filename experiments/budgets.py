@@ -19,7 +19,7 @@ import distill
 BATCH = 32
 METHODS = {                                                   # evaluations of a row in an update, and further flags
     "tsd": dict(cost=3), "pd": dict(cost=3), "dsdgl": dict(cost=2, flags=["--target-ema", "0.98"]),
-    "shortcut": dict(cost=2.5),                               # half of the rows: two more; the others: the anchor's
+    "shortcut": dict(cost=2.5, flags=["--ema", "0.95"]),      # half of the rows: two more; the others: the anchor's
 }
 RATES = {                                                     # that are tried: many updates want low ones
     1e4: dict(tsd=[3e-4, 1e-4], pd=[3e-4, 1e-4], dsdgl=[1.5e-4, 7e-5], shortcut=[1e-3]),
