@@ -132,10 +132,10 @@ def network(args, step_length=False):
     with args.device:
         return UNet(replace(model_of(args)[0], step_length=step_length))
 
-def one_update(script, args, net, layout=None, kind=OneUpdate, **settings):
-    """(Trainer of a network with the flags of train.py or distill.py at next to no learning rate, random data).
+def one_update(script, args, net, layout=None, kind=OneUpdate, stream=None, **settings):
+    """(Trainer of a network with the flags of train.py or distill.py at next to no learning rate, a stream of data).
 
-    kind  its class; settings  flags by name"""
+    kind  the Trainer's class;  stream  None: random data, always the same;  settings  flags by name"""
     flags = script.parse_args(["--updates", "1000000", "--lr", "1e-6"])
     vars(flags).update(dict(batch=args.batch, dtype=args.dtype, checkpointing=args.checkpointing, out=None) | settings)
     trainer = kind(flags, net.requires_grad_(True), args.device, model_of(args)[1])
@@ -143,7 +143,7 @@ def one_update(script, args, net, layout=None, kind=OneUpdate, **settings):
     trainer.net.to(memory_format=layout)
     x = torch.rand(args.batch, *trainer.model_info["shape"], device=args.device) * 2 - 1
     x, y = x.contiguous(memory_format=layout), torch.zeros(args.batch, dtype=torch.long, device=args.device)
-    return trainer, iter(lambda: (x, y), None)
+    return trainer, stream or iter(lambda: (x, y), None)
 
 def training(args, name, net=None, layout=None, **settings):
     """(A function that makes one update of train.py's loop, or of shortcut.py's, by one of TRAININGS; its Trainer)."""
@@ -161,6 +161,10 @@ def distillation(args, name, **settings):
     steps = plan(trainer.args.schedule, trainer.args.steps, trainer.args.updates)
     loop = distill.loop_of(trainer.args.schedule)
     return (lambda: loop(trainer, steps, stream)), trainer
+
+def updates_of(args, name, **settings):
+    """`training` or `distillation`, by its name."""
+    return (training if name in TRAININGS else distillation)(args, name, **settings)
 
 class DiffusersUNet(nn.Module):
     """diffusers' UNet2DModel of the same widths, depth, attention and parameter count."""
@@ -297,8 +301,7 @@ def rehearsed(args, name, **settings):
     """(Rehearsal, Counter) of a few updates of a method on a GPU that is not there."""
     args = argparse.Namespace(**vars(args) | dict(device=META))
     with pretended_gpu() as gpu:
-        update = training if name in TRAININGS else distillation
-        loop, trainer = update(args, name, kind=partial(Rehearsal, gpu), **dict(updates=3, steps=2) | settings)
+        loop, trainer = updates_of(args, name, kind=partial(Rehearsal, gpu), **dict(updates=3, steps=2) | settings)
         loop()
     return trainer, gpu
 
