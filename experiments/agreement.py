@@ -127,21 +127,22 @@ def methods(args):
 class NeverWaiting(Trainer):
     """A Trainer whose loop may wait for the GPU at a line of the log; elsewhere that is an error."""
 
-    def _debug(self, mode):
+    def debug(self, mode):
+        """What waiting is on a GPU: an error, or nothing special ("default")."""
         if self.device.type == "cuda":
             torch.cuda.set_sync_debug_mode(mode)
 
     def steps(self):
-        self._debug("error")
+        self.debug("error")
         try:
             yield from super().steps()
         finally:
-            self._debug("default")
+            self.debug("default")
 
     def _means(self, *args):
-        self._debug("default")
+        self.debug("default")
         means = super()._means(*args)
-        self._debug("error")
+        self.debug("error")
         return means
 
 def waiting(args):
@@ -158,6 +159,8 @@ def waiting(args):
             loop()
         except RuntimeError as e:
             why = " ".join(str(e).split())[:200]
+        finally:
+            trainer.debug("default")
         rows.append({"method": name, "updates": trainer.step, "waits": why, "ok": trainer.step == updates})
     return "Updates in which nothing but a line of the log waits for the GPU (set_sync_debug_mode)", rows
 
@@ -175,8 +178,8 @@ def ctrl_c_after(updates):
 
 def resuming(args):
     """Weights of a run that was stopped and resumed, beside those of one that was not, bit for bit."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"         # cuBLAS is then deterministic
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"         # without which cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(True)
     folder, draw, rows = args.runs / "resume", np.random.default_rng(0), []
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for i in range(8):

@@ -5,6 +5,7 @@
     python experiments/bench.py --model unet64 --batch 128 --compile default       # on a GPU: eager and compiled
     python experiments/bench.py distill --model imagenet256 --batch 8 --methods dsdi    # LDM's, guided, on latents
     python experiments/bench.py train --profile                                    # where the time of an update goes
+    python experiments/bench.py counted --model imagenet256 --batch 8    # kernels and memory of a GPU, without one
 
 All that a table compares takes turns in one process, call by call, and medians count: a machine that is busy for
 a while slows all alike. Networks have random weights, which cost the same as trained ones. Where diffusers or
@@ -12,6 +13,7 @@ pytorch-fid are installed, they have a row too. Leaves OUT/bench.md, and OUT/ben
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import platform
@@ -220,6 +222,7 @@ def peak(args, name):
     """Peak memory in bytes of a few updates of a method; on a CPU meant for a fresh process."""
     args.device = pick_device(str(args.device))               # sets up the process as for a run
     if args.device.type == "cuda":
+        gc.collect()                                          # of the method before
         torch.cuda.reset_peak_memory_stats(args.device)
     update, _ = distillation(args, name)
     for _ in range(4):
@@ -301,7 +304,7 @@ def rehearsed(args, name, **settings):
     """(Rehearsal, Counter) of a few updates of a method on a GPU that is not there."""
     args = argparse.Namespace(**vars(args) | dict(device=META))
     with pretended_gpu() as gpu:
-        loop, trainer = updates_of(args, name, kind=partial(Rehearsal, gpu), **dict(updates=3, steps=2) | settings)
+        loop, trainer = updates_of(args, name, kind=partial(Rehearsal, gpu), **dict(updates=2, steps=2) | settings)
         loop()
     return trainer, gpu
 

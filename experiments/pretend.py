@@ -65,6 +65,11 @@ def fused_attention(q, k, v):
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0]
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
+def copied_tensor(*args, device=None, kind=torch.tensor, **kw):
+    """torch.tensor as it is on a GPU: made on the CPU, then copied."""
+    x = kind(*args, **kw)
+    return x if device is None else x.to(device)
+
 class NoGenerator:
     """There is none for "meta": random numbers are then those of no generator, None."""
 
@@ -90,9 +95,9 @@ class Counter(TorchDispatchMode):
         name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
         out = None if name == "_fused_adam_" else func(*args, **(kwargs or {}))        # that works in place
         given, made = ([x for x in tree_leaves(tree) if torch.is_tensor(x)] for tree in ((args, kwargs), out))
-        # A number (no dimensions) on the CPU is part of the command, unless it is copied. torch.tensor is a lift_fresh.
+        # A number (no dimensions) on the CPU is part of the command, unless it is copied.
         devices = {x.device.type for x in given + made if x.ndim or "copy" in name}
-        if not self.waiting and (len(devices) > 1 or (name == "lift_fresh" and given[0].is_meta)):
+        if not self.waiting and len(devices) > 1:
             raise AssertionError(f"{func} goes from one device to another, for which a GPU has to be waited for")
         new = {x.untyped_storage() for x in made if x.is_meta} - {x.untyped_storage() for x in given}
         self.kernels += devices == {"meta"} and bool(new or func._schema.is_mutable) and "empty" not in name
@@ -111,7 +116,8 @@ class Counter(TorchDispatchMode):
 def pretended_gpu():
     """A `Counter` of what happens within. Of PyTorch that is replaced which "meta" lacks, or does as no GPU does."""
     meta = lambda: ["meta"]  # noqa: E731
-    with (mock.patch("torch.Generator", NoGenerator), mock.patch("torch.autocast", Autocast),
+    with (mock.patch("torch.Generator", NoGenerator), mock.patch("torch.tensor", copied_tensor),
+          mock.patch("torch.autocast", Autocast),
           mock.patch("torch.nn.functional.scaled_dot_product_attention", fused_attention),
           mock.patch("torch.utils._foreach_utils._get_foreach_kernels_supported_devices", meta),
           mock.patch("torch.optim.optimizer._get_fused_kernels_supported_devices", meta), Counter() as counter):
