@@ -90,7 +90,7 @@ def sampling(args):
     plain, rows = small(MODELS["imagenet256"]).unet, []
     for name, config, info, w in (("cosine, v", plain, OURS, 1.0), ("LDM's, ε, guided", plain, DIFFUSION, 2.0),
                                   ("cosine, v, told lengths", replace(plain, step_length=True), OURS, 1.0)):
-        net, z, y = awake(config), torch.randn(4, 3, 16, 16), torch.arange(4)
+        net, z, y = awake(config), torch.randn(4, 3, 8, 8), torch.arange(4)
         exact, cpu, here = (
             ddim_sample(Denoiser.of(copied(net, device, dtype), info), z.to(device, dtype), 8, y.to(device), w)
             for device, dtype in ((CPU, torch.float64), (CPU, torch.float32), (args.device, torch.float32)))

@@ -56,7 +56,7 @@ def test_it_counts_kernels_and_the_memory_of_tensors_while_they_live():
 def test_its_autocast_is_that_of_cuda():
     """Convolutions and products in bfloat16, norms in float32; weights are cast once; off where that is asked."""
     with pretended_gpu() as gpu, META:
-        conv, norm, linear = torch.nn.Conv2d(4, 4, 1), torch.nn.GroupNorm(2, 4), torch.nn.Linear(4, 4)
+        conv, norm, linear = torch.nn.Conv2d(4, 4, 1), torch.nn.GroupNorm(2, 4), torch.nn.Linear(2, 4)
         with Autocast("meta"):
             h = conv(torch.zeros(1, 4, 2, 2))
             before = gpu.kernels
