@@ -84,10 +84,11 @@ def test_updates_of_ldms_models_never_wait(name, tiny):
     assert bench.rehearsed(tiny(model="imagenet256"), name, steps=4, updates=3)[0].step == 3
 
 def test_sampling_never_waits_for_the_gpu():
-    with pretended_gpu() as gpu, META:
-        xhat = Denoiser(UNet(UNetConfig(**TINY, classes=3)), LDMDiscrete(), "eps", 3)
-        xhat.schedule(torch.zeros(1))                         # its table is copied once
-        z, y = torch.empty(8, 3, 8, 8), torch.empty(8, dtype=torch.long)
+    with pretended_gpu() as gpu:
+        with META:
+            xhat = Denoiser(UNet(UNetConfig(**TINY, classes=3)), LDMDiscrete(), "eps", 3)
+            xhat.schedule(torch.zeros(1))                     # its table is copied once
+            z, y = torch.empty(8, 3, 8, 8), torch.empty(8, dtype=torch.long)
         gpu.waiting = False
         ddim_sample(xhat, z, 4, y, w=2.0)
 
