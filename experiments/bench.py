@@ -5,6 +5,7 @@
     python experiments/bench.py --model unet64 --batch 128 --compile default       # on a GPU: eager and compiled
     python experiments/bench.py distill --model imagenet256 --batch 8 --methods dsdi    # LDM's, guided, on latents
     python experiments/bench.py train --profile                                    # where the time of an update goes
+    python experiments/bench.py counted --model imagenet256 --batch 8    # kernels and memory of a GPU, without one
 
 All that a table compares takes turns in one process, call by call, and medians count: a machine that is busy for
 a while slows all alike. Networks have random weights, which cost the same as trained ones. Where diffusers or
@@ -12,6 +13,7 @@ pytorch-fid are installed, they have a row too. Leaves OUT/bench.md, and OUT/ben
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import platform
@@ -31,18 +33,23 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from pretend import META, Rehearsal, pretended_gpu
+
 import distill
 import train
 from data import load_data
 from flags import at_least, device_flags
 from inception import Features, Inception
-from ldm import DIFFUSION, MODELS
+from ldm import DIFFUSION, MODELS, Autoencoder
 from model import CONFIGS, UNet, UNetConfig, param_count
 from plans import plan
 from runtime import log_stderr, memory_format, pick_device, pick_dtype, progress
 from sample import Sampler
 from shortcut import shortcut
 from trainer import Trainer
+
+# Updates of train.py, and the weight b of each in Equation 1, or the share of rows that jump
+TRAININGS = {"plain": 0.0, "--distill 0.15": 0.15, "--distill 0.25 --shortcut": 0.25}
 
 # What one update of a distillation needs: flags, evaluations of each row on average (one of them with a backward pass),
 # copies of the weights
@@ -122,32 +129,44 @@ def model_of(args):
     return (UNetConfig(**CONFIGS[args.model]) if small else MODELS[args.model].unet,
             diffusion | dict(shape=[3, args.size, args.size]))
 
-def one_update(script, args, net, layout=None, **settings):
-    """(OneUpdate of a network with the flags of train.py or distill.py at next to no learning rate, random data)."""
+def network(args, step_length=False):
+    """The UNet of --model with random weights, on the device."""
+    with args.device:
+        return UNet(replace(model_of(args)[0], step_length=step_length))
+
+def one_update(script, args, net, layout=None, kind=OneUpdate, stream=None, **settings):
+    """(Trainer of a network with the flags of train.py or distill.py at next to no learning rate, a stream of data).
+
+    kind  the Trainer's class;  stream  None: random data, always the same;  settings  flags by name"""
     flags = script.parse_args(["--updates", "1000000", "--lr", "1e-6"])
     vars(flags).update(dict(batch=args.batch, dtype=args.dtype, checkpointing=args.checkpointing, out=None) | settings)
-    trainer = OneUpdate(flags, net.requires_grad_(True), args.device, model_of(args)[1])
+    trainer = kind(flags, net.requires_grad_(True), args.device, model_of(args)[1])
     layout = layout or memory_format(args.device)
     trainer.net.to(memory_format=layout)
-    x = torch.rand(args.batch, 3, args.size, args.size, device=args.device) * 2 - 1
+    x = torch.rand(args.batch, *trainer.model_info["shape"], device=args.device) * 2 - 1
     x, y = x.contiguous(memory_format=layout), torch.zeros(args.batch, dtype=torch.long, device=args.device)
-    return trainer, iter(lambda: (x, y), None)
+    return trainer, stream or iter(lambda: (x, y), None)
 
-def training(args, net, b, layout=None, compile_mode=""):
-    """A function that makes one update of train.py's loop, or of shortcut.py's."""
-    trainer, stream = one_update(train, args, net, layout, compile=compile_mode)
+def training(args, name, net=None, layout=None, **settings):
+    """(A function that makes one update of train.py's loop, or of shortcut.py's, by one of TRAININGS; its Trainer)."""
+    net = net or network(args, name.endswith("--shortcut"))
+    trainer, stream = one_update(train, args, net, layout, **settings)
     loop = partial(shortcut, weight=3.0) if net.config.step_length else train.train
-    return lambda: loop(trainer, stream, b)
+    return (lambda: loop(trainer, stream, TRAININGS[name])), trainer
 
-def distillation(args, name):
+def distillation(args, name, **settings):
     """(A function that makes one update of distill.py's loop by one of METHODS, its Trainer)."""
     torch.manual_seed(0)
-    config, settings = model_of(args)[0], METHODS[name][0]
-    net = UNet(replace(config, step_length=settings["schedule"] == "shortcut"))
-    trainer, stream = one_update(distill, args, net, compile=args.compile, **settings)
+    settings = METHODS[name][0] | settings
+    net = network(args, settings["schedule"] == "shortcut")
+    trainer, stream = one_update(distill, args, net, **dict(compile=args.compile) | settings)
     steps = plan(trainer.args.schedule, trainer.args.steps, trainer.args.updates)
     loop = distill.loop_of(trainer.args.schedule)
     return (lambda: loop(trainer, steps, stream)), trainer
+
+def updates_of(args, name, **settings):
+    """`training` or `distillation`, by its name."""
+    return (training if name in TRAININGS else distillation)(args, name, **settings)
 
 class DiffusersUNet(nn.Module):
     """diffusers' UNet2DModel of the same widths, depth, attention and parameter count."""
@@ -168,41 +187,43 @@ class DiffusersUNet(nn.Module):
 
 # ---- what is measured: each returns (title, rows) ---------------------------------------------------------
 def no_row(package, error):
-    """Say why a comparison is missing."""
-    log_stderr(f"no row for {package}, which can't be used here ({' '.join(str(error).split())[-120:]})")
+    """Say why a comparison is missing: as the end of a title."""
+    return f"; no row for {package}, which can't be used here ({' '.join(str(error).split())[-120:]})"
 
-def train_rows(args):
+def train_rows(args, names=TRAININGS):
     """Updates of train.py: forward, backward, clipping, Adam, average."""
-    config = model_of(args)[0]
-    nets = {"plain": (0.0, config), "--distill 0.15": (0.15, config),
-            "--distill 0.25 --shortcut": (0.25, replace(config, step_length=True))}
+    config, missing = model_of(args)[0], ""
     modes = ["", args.compile] if args.compile else [""]
     named = lambda name, mode: name + (f" --compile {mode}" if mode else "")  # noqa: E731
-    calls = {named(name, mode): training(args, UNet(c), b, compile_mode=mode)
-             for mode in modes for name, (b, c) in nets.items()}
+    calls = {named(name, mode): training(args, name, compile=mode)[0] for mode in modes for name in names}
+    theirs = partial(training, args, "plain")
     try:
         for mode in modes:
-            calls[named("diffusers", mode)] = training(args, DiffusersUNet(config, args.size), 0.0,
-                                                       torch.contiguous_format, mode)
-        calls["diffusers, channels last"] = training(args, DiffusersUNet(config, args.size), 0.0, torch.channels_last)
+            calls[named("diffusers", mode)] = theirs(DiffusersUNet(config, args.size), torch.contiguous_format,
+                                                     compile=mode)[0]
+        calls["diffusers, channels last"] = theirs(DiffusersUNet(config, args.size), torch.channels_last)[0]
     except (ImportError, RuntimeError) as e:                  # the latter is how diffusers tells of a broken one
-        no_row("diffusers", e)
-    work = {name: flops(training(args, UNet(c), b)) / 1e9 for name, (b, c) in nets.items()}
+        missing = no_row("diffusers", e)
+    work = {name: flops(training(args, name)[0]) / 1e9 for name in names}
     times = race(calls, args.repeats, args.device, "training")
-    theirs = [name for name in times if name.startswith("diffusers") and "--compile" not in name]
-    best = min(theirs or ["plain"], key=lambda name: statistics.median(times[name]))
+    eager = [name for name in times if name.startswith("diffusers") and "--compile" not in name]
+    best = min(eager or ["plain"], key=lambda name: statistics.median(times[name]))
     reachable, rows = matmul_peak(args.device, args.dtype), table_rows(times, args.batch, best)
     for row in rows:
         row["GFLOP"] = work.get(row["what"].split(" --compile")[0], work["plain"])
         row["MFU"] = 1e9 * row["GFLOP"] / row["s"] / reachable
+    tell_at_work(rows, calls, args)
     if args.profile:
         explain(calls[named("plain", args.compile)], args)
     return (f"Training updates of {args.batch} (MFU: GFLOP counted for our network, over the {reachable / 1e12:.3g} "
-            f"TFLOP/s that a {args.dtype} product of two 4096 x 4096 matrices reaches)", rows)
+            f"TFLOP/s that a {args.dtype} product of two 4096 x 4096 matrices reaches){missing}", rows)
 
 def peak(args, name):
-    """Peak memory in bytes of a few updates of a method; meant for a fresh process."""
+    """Peak memory in bytes of a few updates of a method; on a CPU meant for a fresh process."""
     args.device = pick_device(str(args.device))               # sets up the process as for a run
+    if args.device.type == "cuda":
+        gc.collect()                                          # of the method before
+        torch.cuda.reset_peak_memory_stats(args.device)
     update, _ = distillation(args, name)
     for _ in range(4):
         update()
@@ -211,12 +232,17 @@ def peak(args, name):
     status = Path("/proc/self/status")                        # elsewhere than on Linux there is no such number
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) if status.exists() else float("nan")
 
+def memory_of(args, name):
+    """`peak` of a method, beside which nothing counts: on a CPU that takes a process of its own."""
+    if args.device.type == "cuda":
+        return peak(args, name)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak, (args, name))
+
 def distill_rows(args):
-    """Updates of distill.py, method by method, and their peak memory, each in a process of its own."""
-    memory = {}
-    for name in progress(iterable=args.methods, desc="memory", unit="method"):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            memory[name] = pool.apply(peak, (args, name)) / 2 ** 20
+    """Updates of distill.py, method by method, and their peak memory."""
+    memory = {name: memory_of(args, name) / 2 ** 20
+              for name in progress(iterable=args.methods, desc="memory", unit="method")}
     calls = {name: distillation(args, name)[0] for name in args.methods}
     times = race(calls, args.repeats, args.device, "distillation")
     rows = table_rows(times, args.batch)
@@ -226,6 +252,7 @@ def distill_rows(args):
         if "tsd" in times:
             row["time of TSD's"] = row["s"] / statistics.median(times["tsd"])
             row["MiB less than TSD"] = memory["tsd"] - memory[row["what"]]
+    tell_at_work(rows, calls, args)
     if args.profile:
         explain(calls[args.methods[0]], args)
     with torch.device("meta"):
@@ -233,8 +260,10 @@ def distill_rows(args):
     return f"Distillation updates of {args.batch} ({weights:.1f} MiB of weights)", rows
 
 def sample_rows(args):
-    """Images of sample.py's sampler, from noise to pixels or latents."""
+    """Images of sample.py's sampler, from noise to pixels, through LDM's decoder where there is one."""
     config, model_info = model_of(args)
+    if args.model in MODELS:
+        model_info |= dict(ldm=args.model, autoencoder=Autoencoder(MODELS[args.model].autoencoder).state_dict())
     net = UNet(config).to(args.device, memory_format=memory_format(args.device)).eval().requires_grad_(False)
     sampler = Sampler(net, model_info, args.device, args.dtype, list(range(config.classes)) or None)
     calls = {f"{steps} steps": lambda steps=steps: sampler(range(args.batch), steps) for steps in args.steps}
@@ -251,6 +280,7 @@ def fid_rows(args):
     calls = {"fid.py": lambda: exact(images)}
     if pick_dtype("auto", args.device) == "bf16":             # elsewhere it would be emulated, many times slower
         calls["fid.py --features bf16"] = lambda: rough(images)
+    missing = ""
     try:
         from pytorch_fid import inception
         with (mock.patch.object(inception, "load_state_dict_from_url", lambda *args, **kw: {}),    # random weights do
@@ -259,9 +289,9 @@ def fid_rows(args):
         x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255).to(args.device)
         calls["pytorch-fid"] = torch.no_grad()(lambda: theirs(x))
     except (ImportError, RuntimeError) as e:                  # a torchvision of another torch raises the latter
-        no_row("pytorch-fid", e)
+        missing = no_row("pytorch-fid", e)
     times = race(calls, max(2, args.repeats // 4), args.device, "features")
-    return f"Features for FID, {args.batch} images at a time", table_rows(times, len(images), "pytorch-fid")
+    return f"Features for FID, {args.batch} images at a time{missing}", table_rows(times, len(images), "pytorch-fid")
 
 def data_rows(args):
     """Batches out of the packed cache, as train.py's loop reads them in a thread beside its updates."""
@@ -270,23 +300,46 @@ def data_rows(args):
                  torch.device("cpu"), "reading")
     return f"Batches of {args.batch} from the packed cache", table_rows(times, args.batch)
 
-GROUPS = {"train": train_rows, "distill": distill_rows, "sample": sample_rows, "fid": fid_rows, "data": data_rows}
+def rehearsed(args, name, **settings):
+    """(Rehearsal, Counter) of a few updates of a method on a GPU that is not there."""
+    args = argparse.Namespace(**vars(args) | dict(device=META))
+    with pretended_gpu() as gpu:
+        loop, trainer = updates_of(args, name, kind=partial(Rehearsal, gpu), **dict(updates=2, steps=2) | settings)
+        loop()
+    return trainer, gpu
 
-def explain(call, args):
-    """Print where the time of a call goes and, on a GPU, for how much of it the GPU was at work at all."""
-    gpu = args.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * gpu]) as found:
+def counted_rows(args):
+    """What an update launches on a GPU and the memory it needs there, counted without one."""
+    rows = []
+    for name in progress(iterable=[*(TRAININGS if args.model in CONFIGS else ()), *args.methods], desc="counting"):
+        trainer, gpu = rehearsed(args, name)
+        rows.append({"what": name, "kernels": trainer.kernels[-1], "peak MiB": gpu.peak / 2 ** 20})
+    return f"Counted for a GPU: updates of {args.batch}", rows
+
+GROUPS = {"train": train_rows, "distill": distill_rows, "sample": sample_rows, "fid": fid_rows, "data": data_rows,
+          "counted": counted_rows}
+
+def profiled(call, device):
+    """(torch's profile of three calls, for which share of the time a GPU was at work: launching bounds what is low)."""
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]) as found:
         start = time.perf_counter()
         for _ in range(3):
             call()
-        wait(args.device)
+        wait(device)
         seconds = time.perf_counter() - start
-    column = "self_device_time_total" if gpu else "self_cpu_time_total"
+    return found, sum(e.self_device_time_total for e in found.key_averages()
+                      if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation) / 1e6 / seconds
+
+def tell_at_work(rows, calls, args):
+    """Add to each row of a race on a GPU for which share of the time the GPU was at work at all."""
+    for row in rows if args.device.type == "cuda" else []:
+        row["GPU at work"] = profiled(calls[row["what"]], args.device)[1]
+
+def explain(call, args):
+    """Print where the time of a call goes."""
+    column = "self_device_time_total" if args.device.type == "cuda" else "self_cpu_time_total"
+    found, _ = profiled(call, args.device)
     print(found.key_averages().table(sort_by=column, row_limit=15, max_name_column_width=60))
-    if gpu:
-        busy = sum(e.self_device_time_total for e in found.key_averages()
-                   if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation) / 1e6
-        print(f"the GPU was at work for {busy / seconds:.0%} of the time; launching bounds what is far below 100 %")
 
 # ---- tables and command line ------------------------------------------------------------------------------
 def table(title, rows):

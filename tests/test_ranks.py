@@ -47,7 +47,7 @@ def tiny(tmp_path):
 def of_two(tmp_path_factory):
     """The gradients that two processes have, by method."""
     path = tmp_path_factory.mktemp("gradients") / "two.pt"
-    done(torchrun("tests/gradients.py", path))
+    done(torchrun("tests/gradients.py", path, "cpu"))
     return torch.load(path, weights_only=True)
 
 @pytest.mark.parametrize("method", METHODS)

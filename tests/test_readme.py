@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = ["train", "distill", "sample", "fid", "bench"]      # the last one is among the experiments
-EXPERIMENTS = sorted({p.stem for p in (ROOT / "experiments").glob("*.py")} - {"common"})      # which all share
+EXPERIMENTS = sorted({p.stem for p in (ROOT / "experiments").glob("*.py")} - {"agreement", "common", "pretend"})
 
 def commands():
     """Every `python script.py …`, or torchrun, of the pages and of the scripts' docstrings, without comments."""
