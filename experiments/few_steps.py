@@ -10,7 +10,7 @@ several processes can take a seed each, and a last one without flags the table a
 import argparse
 from functools import partial
 
-from common import ROOT, STEPS, QuickScore, heading, row, seconds, to_the_end
+from common import ROOT, STEPS, QuickScore, heading, pairs, row, seconds, to_the_end
 
 import distill
 import sample
@@ -50,7 +50,7 @@ def main(argv=None):
         scores = [score.of_file(out / "ckpt.pt") for out in outs]
         evaluations = BATCH * run["updates"] * run["evaluations"] + (POOL if run["main"] is distill.main else 0)
         took = sum(seconds(out, BATCH) for out in outs) / len(outs)
-        lines.append(row(name, scores, f"{evaluations:,.0f}", f"{took:.0f}"))
+        lines.append(row(name, pairs(scores), f"{evaluations:,.0f}", f"{took:.0f}"))
     if args.seeds == [0, 1, 2] and args.runs == [*RUNS]:
         (ROOT / "docs" / "few-steps.md").write_text("\n".join([
             "Built-in pictures at 16x16, toy model, batch 32, three seeds (`python experiments/few_steps.py`).",
