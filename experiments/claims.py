@@ -1,6 +1,6 @@
 """How many updates a method needs, and whether DSD and PD are best one after the other: two claims of the paper.
 
-    python experiments/claims.py --data celeba-10k.zip     # docs/claims.md, .json and .png; 8 hours on two cores
+    python experiments/claims.py --data celeba-10k.zip     # docs/claims.md, .json and .png; some 6 hours on a CPU
     python experiments/claims.py --seeds                   # only the page, of what claims.json has
 
 The base model is that of table2.py. Each number of updates has a rate of its own, chosen by a run of another seed. What
@@ -56,7 +56,7 @@ def make(table):
     for figure, (name, seed) in finals.items():
         stages = [(method, rates[method]) for method in runs[name]]
         table.made(figure, lambda name=name, seed=seed, stages=stages: dict(
-            lr=[lr for _, lr in stages], scores=table.quick_scores(
+            lr=[lr for _, lr in stages], scores=table.last_scores(
                 table.distilled(f"orders-seed{seed}/{name}", seed, *stages), STEPS)))
 
 def page(table):
@@ -68,7 +68,7 @@ def page(table):
         cost = sum(evaluations(distill.parse_args(METHODS[method][0])) for method in run)
         rates = ", ".join(f"{lr:g}" for lr in found[name][0].get("lr", []))
         return rates, f"{len(found[name])}" if run else "", f"{cost / 1000:.1f}" if run else ""
-    lines = [f"`python experiments/claims.py`: {table.figures.about}. Quick score at N steps, mean of seeds of "
+    lines = [f"`python experiments/claims.py`: {table.figures}. Quick score at N steps, mean of seeds of "
              f"distillation ± half their range, and contrast. Rates: chosen by a run of seed {table.CHOICE}, whose "
              f"noise was another. Evaluations: thousands of images, a backward pass counts as two.", "",
              heading("run", "rate", "seeds", "evaluations", *STEPS)]

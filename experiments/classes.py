@@ -1,6 +1,6 @@
 """Table 2's class-conditional half in small: built-in pictures, guidance, and a classifier in place of Inception Score.
 
-    python experiments/classes.py              # writes docs/classes.md, .json and .png; 3 hours on two cores
+    python experiments/classes.py              # writes docs/classes.md, .json and .png; some 2 hours on a CPU
     python experiments/classes.py --seeds 1    # elsewhere: of one seed, with the same base model as --ckpt
 
 Trains a model of ten classes and distils it, guided. The score is the share of samples that a classifier takes for the
@@ -103,7 +103,7 @@ def make(table):
 def page(table):
     """The table in Markdown."""
     found = {name: table.figures.of_seeds(name) for name in ("undistilled", *METHODS)}
-    lines = [f"`python experiments/classes.py`: {table.figures.about}. The percentage of samples that a classifier "
+    lines = [f"`python experiments/classes.py`: {table.figures}. The percentage of samples that a classifier "
              f"takes for the class that was asked for, and in brackets the quick score, at N steps; means of seeds of "
              f"distillation, ± half their range. The classifier tells {table.figures.values['classifier']:.1f} % of "
              f"pictures that it never saw. w: guidance, built into the shortcut models, and in the others while "

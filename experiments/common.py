@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from functools import cached_property, partial
@@ -58,8 +59,7 @@ def seconds(out, batch):
     return total
 
 def evaluations(args):
-    """How many images a run of distill.py with these settings puts through its networks; a backward pass counts as two.
-    """
+    """How many images a run of distill.py with these settings puts through networks; a backward pass counts as two."""
     method = METHODS[args.schedule]
     extra = 1 + args.share if method.shortcut else 2 if method.teacher else 1
     return args.updates * args.batch * (3 + extra) + (args.pool * args.steps if method.shortcut else 0)
@@ -82,8 +82,8 @@ def tell_hours(runs, seconds):
 
 # ---- experiments of many runs ---------------------------------------------------------------------------
 def file_name(text):
-    """A name that any file may have."""
-    return re.sub(r"[^\w.]+", "-", text)
+    """A name, or a path, that any file may have."""
+    return re.sub(r"[^\w./]+", "-", text)
 
 def shared_flags(name, doc, samples):
     """A parser of the flags that they share."""
@@ -108,15 +108,19 @@ class Figures:
         self.path, self.about, self.runs, self.values = path, about, runs, {}
         self.read()
 
+    def __str__(self):
+        return ", ".join(f"{name} {value}" for name, value in self.about.items())
+
     def read(self):
         """Take up what is in the file by now."""
         found = json.loads(self.path.read_text()) if self.path.exists() else {"about": self.about}
         if found["about"] != self.about:
-            sys.exit(f"error: {self.path} has figures of {found['about']}, not of {self.about}: choose another --out")
+            sys.exit(f"error: {self.path} has other figures ({found['about']}, not {self.about}): choose another --out")
         self.values |= found
 
     def made(self, name, make):
         """The figure of this name, by make() if it is not there."""
+        self.read()
         if name not in self.values:
             value = make()
             with locked(self.runs, f"writing {self.path}"):
@@ -217,6 +221,12 @@ class Experiment:
         sampler = self.sampler(ckpt, seed)
         return [self.quick(sampler, s) for s in steps]
 
+    def last_scores(self, ckpt, steps, seed=0):
+        """The same of a run that is then deleted, as a hundred of them would take gigabytes."""
+        scores = self.quick_scores(ckpt, steps, seed)
+        shutil.rmtree(ckpt.parent)
+        return scores
+
     def made(self, name, make):
         """The figure of this name: what make() returns, or None where that is broken."""
         return self.figures.made(name, lambda: unless_broken(make))
@@ -224,7 +234,7 @@ class Experiment:
     def rates(self):
         """{method: its rate}: of the best geometric mean of quick scores at 2, 4 and 8 steps, by a run of CHOICE."""
         def score(name, lr):
-            found = self.made(f"rate of {name}: {lr:g}", lambda: self.quick_scores(
+            found = self.made(f"rate of {name}: {lr:g}", lambda: self.last_scores(
                 self.run(name, lr, self.CHOICE), (2, 4, 8), self.CHOICE))
             return math.prod(value for value, _ in found) if found else math.inf
         return {name: min(rates, key=partial(score, name)) for name, (_, rates) in self.methods.items()}

@@ -1,7 +1,7 @@
 """Figure 3: does self-distillation help while a model is trained? Scores against updates, at few steps and at many.
 
-    python experiments/figure3.py                             # built-in pictures; 2 hours on two cores
-    python experiments/figure3.py --data celeba-10k.zip       # faces at 32x32; 8 hours more, for the same page
+    python experiments/figure3.py                             # built-in pictures; some 2 hours on a CPU
+    python experiments/figure3.py --data celeba-10k.zip       # faces at 32x32; some 4 hours more, for the same page
 
 Trains plainly, with Equation 1, and told how far it jumps (docs/shortcut.md), at one rate that falls. Writes
 docs/figure3.md, .json and .png. What figure3.json has is not made again, and a run that was stopped goes on.
@@ -95,7 +95,7 @@ def page(args, figures):
     axes[0][-1].legend()
     figure.savefig(args.out / "figure3.png", dpi=100, bbox_inches="tight")
     plt.close(figure)
-    lines = [f"`python experiments/figure3.py`: {figures.about}. Quick score at the end, at N steps: mean of seeds of "
+    lines = [f"`python experiments/figure3.py`: {figures}. Quick score at the end, at N steps: mean of seeds of "
              f"training ± half their range, and contrast. Updates are equal, costs are not: an update with Equation 1 "
              f"has one evaluation more than a plain one, with shortcut half of one.", "",
              "![scores against updates](figure3.png)", "",

@@ -1,6 +1,6 @@
 """Tables 1, 2 and 4 in small, and Figure 2: every method on one model of 32x32 faces, at 1 to 64 steps.
 
-    python experiments/table2.py --data celeba-10k.zip         # docs/table2.md, .json and .png; 10 hours on two cores
+    python experiments/table2.py --data celeba-10k.zip         # docs/table2.md, .json and .png; some 5 hours on a CPU
     python experiments/table2.py --data celeba-10k.zip --seeds 1 --ckpt FILE    # elsewhere: a seed, of the same base
 
 Trains the base model, then distils it with every method, twice: at the method's own rate, chosen by runs of another
@@ -80,7 +80,7 @@ def page(table):
         flags, grid = METHODS[name.split(",")[0]]
         end = " (end of the grid)" * (OWN in name and runs[0]["lr"] in (grid[0], grid[-1]))
         return f"{runs[0]['lr']:g}{end}", f"{len(runs)}", f"{evaluations(distill.parse_args(flags)) / 1000:.1f}"
-    lines = [f"`python experiments/table2.py`: {table.figures.about}. Means of seeds of distillation, ± half their "
+    lines = [f"`python experiments/table2.py`: {table.figures}. Means of seeds of distillation, ± half their "
              f"range; the base model is one. Own rates: chosen by the quick score of a run of seed {table.CHOICE}. "
              f"Evaluations: thousands of images, a backward pass counts as two. Contrast of the real images: "
              f"{first['contrast']:.3f}."]
