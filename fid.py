@@ -224,14 +224,16 @@ def precision_recall(real, fake, k=NEIGHBOURS):
     """Improved precision and recall (Kynkäänniemi et al. 2019): the share of `fake` that lies within the manifold of
     `real`, and the share of `real` that lies within that of `fake`. Features (N, d) and (M, d), more than k of each.
 
-    The manifold of a set is made of balls: one around each point, as far as its k-th nearest neighbour in the set."""
+    The manifold of a set is made of balls: one around each point, as far as its k-th nearest neighbour in the set. The
+    paper has VGG-16's features, and 50,000 of each: its numbers are on another scale."""
     pairs = progress(iterable=[(fake, real), (real, fake)], desc="precision, recall", leave=False)
     return tuple(share_within(*pair, k) for pair in pairs)
 
 def share_within(points, manifold, k):
     """The share of points (N, d) that lie in a ball of a manifold (M, d). By a thousand rows: 40 MB of distances."""
-    radii = torch.cat([torch.cdist(rows, manifold).kthvalue(k + 1).values for rows in manifold.split(1000)])
-    within = [(torch.cdist(rows, manifold) <= radii).any(1) for rows in points.split(1000)]      # k + 1: itself is one
+    nearest = k + 1                                           # the first is the point itself
+    radii = torch.cat([torch.cdist(rows, manifold).kthvalue(nearest).values for rows in manifold.split(1000)])
+    within = [(torch.cdist(rows, manifold) <= radii).any(1) for rows in points.split(1000)]
     return torch.cat(within).double().mean().item()
 
 def metric_names(weights):

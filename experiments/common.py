@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import time
 from functools import cached_property, partial
 from pathlib import Path
@@ -345,7 +346,8 @@ VERDICTS = ("A claim holds where every seed has the lower score, does not where 
             "chance one time in ten. –: fewer than two seeds.")
 
 def write(path, text):
-    """Write a page of Markdown, and print it."""
+    """Write a page of Markdown, its paragraphs in lines of 120 characters, and print it."""
+    text = "\n".join(line if line.startswith("|") else textwrap.fill(line, 120) for line in text.splitlines())
     with whole_file(path) as tmp:
         tmp.write_text(text + "\n")
     print(f"{text}\nwrote {path}")

@@ -46,7 +46,7 @@ def scored(table, ckpt, **more):
     fid.main(["--ckpt", str(ckpt), *table.data, "--steps", *map(str, STEPS), "-n", str(table.args.n), "--weights",
               table.args.weights, "--device", table.args.device, "--out", str(ckpt.parent / "fid")])
     (results,) = json.loads((ckpt.parent / "fid" / "table.json").read_text()).values()
-    scores = {str(r["fake"]["steps"]): {name.removesuffix(" (random features)"): round(value, 5)
+    scores = {str(r["fake"]["steps"]): {name.replace(" (random features)", ""): round(value, 5)
                                         for name, value in r["scores"].items()} for r in results}
     return dict(more, scores=scores, contrast=results[0]["real"]["contrast"])
 
