@@ -1,6 +1,6 @@
 """How many updates a method needs, and whether DSD and PD are best one after the other: two claims of the paper.
 
-    python experiments/claims.py --data celeba-10k.zip     # docs/claims.md, .json and .png; some 6 hours on a CPU
+    python experiments/claims.py --data celeba-10k.zip     # docs/claims.md, .json and .png; 13 hours on a thread
     python experiments/claims.py --seeds                   # only the page, of what claims.json has
 
 The base model is that of table2.py. Each number of updates has a rate of its own, chosen by a run of another seed. What

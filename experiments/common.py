@@ -254,7 +254,7 @@ class Experiment:
         """Say how long those of `jobs` take that are missing, by a few evaluations of a network like the base model."""
         args = train.parse_args(self.base_flags)
         each, look = seconds_per_evaluation(args, self.device), LOOK if self.device.type == "cpu" else 0
-        each *= 1 + args.classes                              # guided: with its label and without
+        each *= 1 + args.classes                              # guided: with its label, and without
         missing = [job for name, job in jobs.items() if name not in self.figures.values]
         if missing and not self.args.ckpt and not (self.runs / "undistilled" / "ckpt.pt").exists():
             missing.append((3 * args.updates * args.batch, 0))

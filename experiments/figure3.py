@@ -1,7 +1,7 @@
 """Figure 3: does self-distillation help while a model is trained? Scores against updates, at few steps and at many.
 
-    python experiments/figure3.py                             # built-in pictures; some 2 hours on a CPU
-    python experiments/figure3.py --data celeba-10k.zip       # faces at 32x32; some 4 hours more, for the same page
+    python experiments/figure3.py                             # built-in pictures; 2 hours on a thread
+    python experiments/figure3.py --data celeba-10k.zip       # faces at 32x32; 8 hours, for the same page
 
 Trains plainly, with Equation 1, and told how far it jumps (docs/shortcut.md), at one rate that falls. Writes
 docs/figure3.md, .json and .png. What figure3.json has is not made again, and a run that was stopped goes on.

@@ -1,6 +1,6 @@
 """Tables 1, 2 and 4 in small, and Figure 2: every method on one model of 32x32 faces, at 1 to 64 steps.
 
-    python experiments/table2.py --data celeba-10k.zip         # docs/table2.md, .json and .png; some 5 hours on a CPU
+    python experiments/table2.py --data celeba-10k.zip         # docs/table2.md, .json and .png; 6 hours on a thread
     python experiments/table2.py --data celeba-10k.zip --seeds 1 --ckpt FILE    # elsewhere: a seed, of the same base
 
 Trains the base model, then distils it with every method, twice: at the method's own rate, chosen by runs of another
