@@ -79,7 +79,7 @@ def scored(table, ckpt, guidance, **more):
         sampler = table.sampler(ckpt, w=w)
         x = drawn(sampler, steps, table.args.n)
         return [judge.accuracy(x, sampler.labels(range(len(x))).cpu()), table.quick.of_images(x)[0]]
-    judge = classifier(train.parse_args(BASE).size)
+    judge = classifier(table.sampler(ckpt).image_shape[1])
     table.made("classifier", lambda: judge.own_accuracy)
     return dict(more, scores={f"{w:g}": [at(w, s) for s in STEPS] for w in guidance})
 
