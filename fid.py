@@ -1,4 +1,4 @@
-"""FID, Inception Score and KID, of image files or straight from a model.
+"""FID, Inception Score, KID, precision and recall, of image files or straight from a model.
 
     python fid.py REAL FAKE                                         # folders, zips, npz of images or of statistics
     python fid.py REAL --save real.npz                              # statistics for later, in pytorch-fid's format
@@ -57,19 +57,20 @@ from sample import Sampler, load_sampler
 
 VERSION = 2     # of all scores: a change to how they are computed, or stored, must raise it
 NOISES, MANY = 20, 64       # of fidelity: how many samples, and the steps of those that it compares with
-KEPT = 5000     # features kept for KID, which sums do not determine: 41 MB, however many images there are
+KEPT = 5000     # features kept for what sums do not determine: 41 MB, however many images there are
+NEIGHBOURS = 3  # k of precision and recall: that of Kynkäänniemi et al. (2019)
 
 # ---- statistics of many images ------------------------------------------------------------------------------
 @dataclass
 class Statistics:
-    """What FID, Inception Score and KID need to know of a set of images, and what it was."""
+    """What the scores need to know of a set of images, and what it was."""
 
     mu: np.ndarray                              # (2048,) mean of the features, float64
     sigma: np.ndarray                           # (2048, 2048) their covariance
     weights: str                                # whose features they are: `Features.id`
     provenance: dict                            # printed and stored with each score: images, size ("64x64", "mixed") …
     score: tuple | None = None                  # (mean, standard deviation) of the Inception Score
-    kid_features: np.ndarray | None = None      # (<= KEPT, 2048) some of the features, for KID
+    kid_features: np.ndarray | None = None      # (<= KEPT, 2048) some of the features: for KID, precision, recall
 
     def save(self, path):
         """Write an npz: `mu` and `sigma` as pytorch-fid reads them, and the rest beside them."""
@@ -226,16 +227,36 @@ def fidelity(x, reference):
     value = 1 - (x - reference).square().flatten(1).sum(1) / unrelated
     return value.mean().item(), (value.std() / len(value) ** 0.5).item()
 
-def metric_names(weights):
-    """What Fréchet distance, Inception Score and KID may be called by the weights behind them; None: they say nothing.
+def equally_many(*sets):
+    """As many rows of each of several arrays, as a manifold of more points is another: random ones, always the same."""
+    n, rng = min(map(len, sets)), np.random.default_rng(0)
+    return [torch.as_tensor(x[np.sort(rng.choice(len(x), n, replace=False))]).double() for x in sets]
 
-    Only the released network gives FID."""
-    weights = weights.removesuffix("-bf16")
+def precision_recall(real, fake, k=NEIGHBOURS):
+    """Improved precision and recall (Kynkäänniemi et al. 2019): the share of `fake` that lies within the manifold of
+    `real`, and the share of `real` that lies within that of `fake`. Features (N, d) and (M, d), more than k of each.
+
+    The manifold of a set is made of balls: one around each point, as far as its k-th nearest neighbour in the set. The
+    paper has VGG-16's features, and 50,000 of each: its numbers are on another scale."""
+    pairs = progress(iterable=[(fake, real), (real, fake)], desc="precision, recall", leave=False)
+    return tuple(share_within(*pair, k) for pair in pairs)
+
+def share_within(points, manifold, k):
+    """The share of points (N, d) that lie in a ball of a manifold (M, d). By a thousand rows: 40 MB of distances."""
+    nearest = k + 1                                           # the first is the point itself
+    radii = torch.cat([torch.cdist(rows, manifold).kthvalue(nearest).values for rows in manifold.split(1000)])
+    within = [(torch.cdist(rows, manifold) <= radii).any(1) for rows in points.split(1000)]
+    return torch.cat(within).double().mean().item()
+
+def metric_names(weights):
+    """What Fréchet distance, Inception Score, KID, precision and recall may be called by the weights behind them; None:
+    they say nothing. Only the released network gives FID."""
+    weights, others = weights.removesuffix("-bf16"), ("KID", "precision", "recall")
     if weights == SHA256:
-        return "FID", "Inception Score", "KID"
-    if weights.startswith(RANDOM):
-        return "rFID (random features)", None, "rKID (random features)"         # an rIS is always about 1
-    return tuple(f"{name} (weights {weights[:8]})" for name in ("FD", "IS", "KD"))
+        return "FID", "Inception Score", *others
+    if weights.startswith(RANDOM):                            # an rIS is always about 1
+        return "rFID (random features)", None, *(f"r{name} (random features)" for name in others)
+    return tuple(f"{name} (weights {weights[:8]})" for name in ("FD", "IS", "KD", *others[1:]))
 
 @cache
 def warn_once(text):
@@ -252,16 +273,20 @@ def compare(real, fake):
         if n != "unknown" and n < len(s.mu):
             warn_once(f"warning: {side} has {n} images, fewer than the {len(s.mu)} features: its covariance is "
                       f"singular, and the Fréchet distance biased upwards; compare only scores of equal counts")
-    fid_name, is_name, kid_name = metric_names(fake.weights)
+    fid_name, is_name, kid_name, *pr_names = metric_names(fake.weights)
+    features = dict(network=fake.weights, resized="bilinear to 299x299, as pytorch-fid")
     with reading("these statistics", "can't be compared"):
         scores = {fid_name: frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma)}
     if fake.score and is_name:
         scores[is_name], scores[f"{is_name} std"] = fake.score
     if real.kid_features is not None and fake.kid_features is not None:
         scores[kid_name], scores[f"{kid_name} std"] = kid(real.kid_features, fake.kid_features)
+        some = equally_many(real.kid_features, fake.kid_features)
+        if len(some[0]) > NEIGHBOURS:
+            scores |= zip(pr_names, precision_recall(*some), strict=True)
+            features["precision and recall"] = f"k = {NEIGHBOURS}, {len(some[0]):,} of each"
     if "contrast" in fake.provenance:                         # above REAL's: over-sharpened; below: washed out
         scores["contrast"] = fake.provenance["contrast"]
-    features = dict(network=fake.weights, resized="bilinear to 299x299, as pytorch-fid")
     return dict(scores=scores, features=features, real=real.provenance, fake=fake.provenance)
 
 def check_alike(networks, sizes):
@@ -415,7 +440,8 @@ def evaluate(args, path, features, device):
     def kept(steps):
         """The file of a score."""
         key = dict(model, version=VERSION, steps=steps, n=args.n, seed=args.seed, guidance=args.guidance,
-                   features=features.id, reference=images.folder.name)          # not the path: it may have moved
+                   features=features.id, reference=images.folder.name,          # not the path: it may have moved
+                   neighbours=NEIGHBOURS)
         key |= dict(real=count) if count else {}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         return Path(path).parent / "scores" / f"{digest}.json"
@@ -478,8 +504,10 @@ def table(results):
         lines.append("")
     samples = {"seed {seed}, {weights} weights, {dtype}, guidance {guidance:g}".format(**r["fake"]) for r in every}
     references = {"{images:,} of {source} ({prepared}; contrast {contrast:.4g})".format(**r["real"]) for r in every}
-    lines.append(f"Against {'; '.join(sorted(references))}. Features: {every[0]['features']['network']}, images "
-                 f"{every[0]['features']['resized']}. Samples: {'; '.join(sorted(samples))}.")
+    features = every[0]["features"]
+    near = f"Precision and recall: {features.get('precision and recall', 'none of so few')}. "
+    lines.append(f"Against {'; '.join(sorted(references))}. Features: {features['network']}, images "
+                 f"{features['resized']}. {near}Samples: {'; '.join(sorted(samples))}.")
     if len(references) > 1:
         lines.append("The rows were measured against different references: do not compare them.")
     return "\n".join(lines)

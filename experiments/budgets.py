@@ -12,7 +12,7 @@ import json
 import math
 from pathlib import Path
 
-from common import ROOT, STEPS, QuickScore, heading, row, seconds, to_the_end
+from common import ROOT, STEPS, QuickScore, heading, pairs, row, seconds, to_the_end
 
 import distill
 
@@ -43,7 +43,7 @@ def line(name, runs, budget):
     """A line of the table: the same run with several seeds."""
     rest = [""] * (len(STEPS) - len(runs[0]["scores"]))       # a rate that was only tried has no many steps
     took = sum(r["seconds"] for r in runs) // len(runs)
-    return row(name, [r["scores"] for r in runs], *rest, f"10^{math.log10(budget):.3g}", str(len(runs)), str(took))
+    return row(name, pairs([r["scores"] for r in runs]), *rest, f"10^{math.log10(budget):.3g}", str(len(runs)), str(took))
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,7 +71,7 @@ def main(argv=None):
                           seconds=round(seconds(out, BATCH))))
         return found[-1]
 
-    lines.append(row("undistilled", [score.of_file(Path(ckpt))], "", "", ""))
+    lines.append(row("undistilled", pairs([score.of_file(Path(ckpt))]), "", "", ""))
     for budget in args.budgets:
         for method in args.methods:
             tried = [run(method, budget, lr, args.seeds[0], STEPS[:4]) for lr in RATES[budget][method]]

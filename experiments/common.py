@@ -1,8 +1,16 @@
-"""What the experiments share: runs that go on where they stopped, a quick score, tables over seeds."""
+"""What the experiments share: runs that go on where they stopped, figures that several sittings gather, a quick score,
+tables over seeds."""
 
+import argparse
 import json
+import math
 import os
+import re
+import shutil
 import sys
+import textwrap
+import time
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -10,13 +18,20 @@ from torch import nn
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from checkpoint import load_model, whole_file
-from data import load_data, to_tensor
+import distill
+import sample
+import train
+from checkpoint import file_hash, load_checkpoint, load_model, trained_on, whole_file
+from data import load_data, locked, to_tensor
 from fid import frechet_distance
-from runtime import pick_device, pick_dtype, progress
+from flags import checkpoint
+from model import UNet
+from plans import METHODS
+from runtime import autocast, log_stderr, pick_device, pick_dtype, progress
 from sample import Sampler
 
 STEPS = 1, 2, 4, 8, 16, 64
+LOOK = 1 / 17             # seconds that a CPU of two cores needs for the features of an image (docs/scaling.md)
 
 # ---- runs -----------------------------------------------------------------------------------------------
 def to_the_end(main, out, flags):
@@ -27,6 +42,14 @@ def to_the_end(main, out, flags):
         if "is finished" not in str(e.code):
             raise
 
+def unless_broken(make):
+    """What make() returns; None where a run, or a model, ends in values that are not finite."""
+    try:
+        return make()
+    except SystemExit as e:
+        if "not finite" not in str(e.code):
+            raise
+
 def seconds(out, batch):
     """What the updates of a run took, from its log: without pictures, checkpoints and own samples."""
     total, before = 0.0, 0
@@ -35,6 +58,207 @@ def seconds(out, batch):
         if "images_per_s" in entry:
             total, before = total + (entry["step"] - before) * batch / entry["images_per_s"], entry["step"]
     return total
+
+def evaluations(args):
+    """How many images a run of distill.py with these settings puts through networks; a backward pass counts as two."""
+    method = METHODS[args.schedule]
+    extra = 1 + args.share if method.shortcut else 2 if method.teacher else 1
+    return args.updates * args.batch * (3 + extra) + (args.pool * args.steps if method.shortcut else 0)
+
+def seconds_per_evaluation(args, device):
+    """What a network with these settings of train.py needs for an image, without a gradient."""
+    net, dtype = UNet(train.make_config(args)).to(device), pick_dtype("auto", device)
+    z, t = torch.randn(64, 3, args.size, args.size, device=device), torch.rand(64, device=device)
+    def elapsed(calls):
+        start = time.perf_counter()
+        with torch.no_grad(), autocast(device, dtype):
+            sum(net(z, t).sum() for _ in range(calls)).item()
+        return time.perf_counter() - start
+    elapsed(1)
+    return elapsed(4) / (4 * len(z))
+
+def tell_hours(runs, seconds):
+    """Say how long it will take to make what is missing."""
+    log_stderr(f"{runs} runs and scores to make: about {seconds / 3600:.1f} h")
+
+# ---- experiments of many runs ---------------------------------------------------------------------------
+def file_name(text):
+    """A name, or a path, that any file may have."""
+    return re.sub(r"[^\w./]+", "-", text)
+
+def shared_flags(name, doc, samples):
+    """A parser of the flags that they share."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", metavar="PATH", help="the images (default: the built-in pictures)")
+    p.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], metavar="S",
+                   help="the runs of these seeds (default: 0 1 2); none: only the table of what is there")
+    p.add_argument("-n", type=int, default=samples, help="samples for each score (default: %(default)s)")
+    p.add_argument("--device", default="auto", help="cpu, cuda … (default: a GPU if there is one)")
+    p.add_argument("--runs", default=f"out/{name}", metavar="DIR", help="for the runs (default: %(default)s)")
+    p.add_argument("--out", default=ROOT / "docs", type=Path, metavar="DIR",
+                   help="for the table, its JSON and its picture (default: docs)")
+    return p
+
+class Figures:
+    """What was measured, by name, in a JSON file to which several processes may add: what is there is not made again.
+
+    about  what all of it has in common;  runs  the folder of the runs, for a lock
+    Exits if the file holds figures of something else."""
+
+    def __init__(self, path, about, runs):
+        self.path, self.about, self.runs, self.values = path, about, runs, {}
+        self.read()
+
+    def __str__(self):
+        return ", ".join(f"{name} {value}" for name, value in self.about.items())
+
+    def read(self):
+        """Take up what is in the file by now."""
+        found = json.loads(self.path.read_text()) if self.path.exists() else {"about": self.about}
+        if found["about"] != self.about:
+            sys.exit(f"error: {self.path} has other figures ({found['about']}, not {self.about}): choose another --out")
+        self.values |= found
+
+    def made(self, name, make):
+        """The figure of this name, by make() if it is not there."""
+        self.read()
+        if name not in self.values:
+            value = make()
+            with locked(self.runs, f"writing {self.path}"):
+                self.read()
+                self.values[name] = value
+                lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(self.values.items()))
+                with whole_file(self.path) as tmp:
+                    tmp.write_text(f"{{\n{lines}\n}}\n")
+        return self.values[name]
+
+    def of_seeds(self, name):
+        """The figures called "NAME, seed S" that are there, without those of runs that fell apart."""
+        found = [v for k, v in sorted(self.values.items()) if k.rpartition(", seed ")[0] == name]
+        return [value for value in found if value]
+
+class Experiment:
+    """Distillations of one base model by several methods, and figures of them.
+
+    args     of `Experiment.flags`;  base  flags of train.py for a base model where no --ckpt is given
+    methods  {name: (flags of distill.py, rates to choose from)};  about  what all figures have in common"""
+
+    CHOICE = 9                                                # the seed of runs, and of the noise, that choose rates
+
+    def __init__(self, name, args, base, methods, **about):
+        self.name, self.args, self.runs, self.methods = name, args, ROOT / args.runs, methods
+        self.data = ["--data", args.data] if args.data else []
+        self.device, self.base_flags = pick_device(args.device), [*base, *self.data]
+        self.figures = Figures(args.out / f"{name}.json", about | dict(samples=args.n), self.runs)
+
+    @staticmethod
+    def flags(name, doc, samples):
+        """`shared_flags` and --ckpt."""
+        p = shared_flags(name, doc, samples)
+        p.add_argument("--ckpt", type=checkpoint, metavar="FILE", help="the base model (default: one is trained first)")
+        return p
+
+    # ---- models ----
+    @cached_property
+    def base(self):
+        """The checkpoint of the base model, which is trained now if need be."""
+        ckpt = Path(self.args.ckpt or self.runs / "undistilled" / "ckpt.pt")
+        if not self.args.ckpt:
+            to_the_end(train.main, ckpt.parent, [*self.base_flags, "--device", self.args.device])
+        digest = file_hash(ckpt)
+        if self.figures.made("base", lambda: digest) != digest:
+            sys.exit(f"error: {self.figures.path} has figures of another base model than {ckpt}: give that one as "
+                     f"--ckpt, or choose another --out")
+        return ckpt
+
+    def distilled(self, place, seed, *stages):
+        """The checkpoint of runs of distill.py, each upon the last, in the folder `place`.
+
+        stages  pairs (name of a method, its rate)"""
+        out, ckpt = self.runs / file_hash(self.base, 8) / file_name(place), self.base
+        for i, (name, lr) in enumerate(stages, 1):
+            source, ckpt = ckpt, (out if i == len(stages) else out / f"stage-{i}") / "ckpt.pt"
+            flags = self.methods[name][0]
+            reads = self.data if METHODS[distill.parse_args(flags).schedule].data else []
+            to_the_end(distill.main, ckpt.parent, [
+                *flags, *reads, "--lr", str(lr), "--ckpt", str(source), "--seed", str(seed), "--no-guard", "--device",
+                self.args.device])
+        return ckpt
+
+    def run(self, name, lr, seed):
+        """The checkpoint of a method at a rate, of a seed, in a folder of the method's name."""
+        return self.distilled(f"{lr:g}-seed{seed}/{name}", seed, (name, lr))
+
+    def sampler(self, ckpt, seed=0, w=1.0):
+        """A Sampler of the averaged weights; of a model with classes it draws all in turn."""
+        net, state = load_model(ckpt, self.device)
+        return Sampler(net, state, self.device, pick_dtype("auto", self.device), range(net.config.classes) or None, w,
+                       seed)
+
+    def draw(self, rates, *flags):
+        """NAME.png by sample.py: a row for each step count, the models side by side in it, from the same noises."""
+        found = [unless_broken(partial(self.run, name, lr, self.args.seeds[0])) for name, lr in rates.items()]
+        sample.main(["--ckpt", *map(str, [self.base, *filter(None, found)]), *flags, "--device", self.args.device,
+                     "--out", str(self.args.out / f"{self.name}.png")])
+
+    # ---- figures ----
+    def sitting(self, make, page):
+        """make(self) all figures that are missing, unless there are no --seeds, and write page(self)."""
+        if self.args.seeds:
+            make(self)
+        if not self.figures.of_seeds("undistilled"):
+            sys.exit(f"error: {self.figures.path} has no figures yet")
+        write(self.args.out / f"{self.name}.md", page(self))
+
+    @cached_property
+    def quick(self):
+        """The quick score against what the base model was trained on."""
+        state = load_checkpoint(self.base)
+        origin = trained_on(state)
+        return QuickScore(self.args.data or origin["data"], state["shape"][1], origin["crop"], self.args.n)
+
+    def quick_scores(self, ckpt, steps, seed=0):
+        """[[score, contrast] at each of `steps`] of a checkpoint, of noise of a seed."""
+        sampler = self.sampler(ckpt, seed)
+        return [self.quick(sampler, s) for s in steps]
+
+    def last_scores(self, ckpt, steps, seed=0):
+        """The same of a run that is then deleted, as a hundred of them would take gigabytes."""
+        scores = self.quick_scores(ckpt, steps, seed)
+        shutil.rmtree(ckpt.parent)
+        return scores
+
+    def made(self, name, make):
+        """The figure of this name: what make() returns, or None where that is broken."""
+        return self.figures.made(name, lambda: unless_broken(make))
+
+    def rates(self):
+        """{method: its rate}: of the best geometric mean of quick scores at 2, 4 and 8 steps, by a run of CHOICE."""
+        def score(name, lr):
+            found = self.made(f"rate of {name}: {lr:g}", lambda: self.last_scores(
+                self.run(name, lr, self.CHOICE), (2, 4, 8), self.CHOICE))
+            return math.prod(value for value, _ in found) if found else math.inf
+        return {name: min(rates, key=partial(score, name)) for name, (_, rates) in self.methods.items()}
+
+    def jobs(self, finals):
+        """{figure: (evaluations, images that fid.py looks at)} of the choice of rates, and of others.
+
+        finals  {figure: (methods of its run, evaluations of its scores, images)}"""
+        cost = {name: evaluations(distill.parse_args(flags)) for name, (flags, _) in self.methods.items()}
+        choice = {f"rate of {name}: {lr:g}": (cost[name] + 14 * self.args.n, 0)
+                  for name, (_, rates) in self.methods.items() for lr in rates}
+        return choice | {name: (sum(cost[m] for m in run) + scores, images)
+                         for name, (run, scores, images) in finals.items()}
+
+    def tell_time(self, jobs):
+        """Say how long those of `jobs` take that are missing, by a few evaluations of a network like the base model."""
+        args = train.parse_args(self.base_flags)
+        each, look = seconds_per_evaluation(args, self.device), LOOK if self.device.type == "cpu" else 0
+        each *= 1 + args.classes                              # guided: with its label, and without
+        missing = [job for name, job in jobs.items() if name not in self.figures.values]
+        if missing and not self.args.ckpt and not (self.runs / "undistilled" / "ckpt.pt").exists():
+            missing.append((3 * args.updates * args.batch, 0))
+        tell_hours(len(missing), sum(count * each + images * look for count, images in missing))
 
 # ---- quick score ----------------------------------------------------------------------------------------
 class Features(nn.Module):
@@ -55,6 +279,11 @@ class Features(nn.Module):
             x = conv(x).relu()
         return x.mean((2, 3))
 
+def drawn(sampler, steps, n):
+    """n samples (n, 3, H, W) in [-1, 1], float32 on the CPU."""
+    jobs = [range(i, min(i + 64, n)) for i in range(0, n, 64)]
+    return torch.cat([sampler(job, steps).float().cpu() for job in jobs]).clamp(-1, 1)
+
 class QuickScore:
     """A Fréchet distance over `Features`, of n samples to a data set: good for ranking settings of one model, and
     comparable with nothing else. It is blind to much, and likes grain: look at the pictures."""
@@ -71,8 +300,10 @@ class QuickScore:
 
     def __call__(self, sampler, steps):
         """(score, contrast) of n samples in `steps` steps; contrast is the standard deviation of all pixels."""
-        jobs = [range(i, min(i + 64, self.n)) for i in range(0, self.n, 64)]
-        x = torch.cat([sampler(job, steps).float().cpu() for job in jobs]).clamp(-1, 1)
+        return self.of_images(drawn(sampler, steps, self.n))
+
+    def of_images(self, x):
+        """The same of images (N, 3, H, W) in [-1, 1]."""
         return frechet_distance(*self.statistics(x.split(250)), *self.real), x.std().item()
 
     def of_file(self, ckpt, steps=STEPS):
@@ -93,11 +324,31 @@ def cell(values):
     mean = sum(values) / len(values)
     return f"{mean:.3g}" + (f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else "")
 
-def row(name, scores, *rest):
-    """A line of Markdown: scores of each seed as `QuickScore.of_file` gives them."""
-    cells = [f"{cell([s for s, _ in at])} ({sum(c for _, c in at) / len(at):.3f})" for at in zip(*scores, strict=True)]
+def pairs(scores):
+    """The cells of scores of each seed as `QuickScore.of_file` gives them: in brackets the mean of the second value."""
+    return [f"{cell([s for s, _ in at])} ({sum(c for _, c in at) / len(at):.3f})" for at in zip(*scores, strict=True)]
+
+def row(name, cells, *rest):
+    """A line of Markdown."""
     return "| " + " | ".join([name, *cells, *rest]) + " |"
 
 def heading(*columns):
     """The first two lines of a table in Markdown."""
     return f"| {' | '.join(map(str, columns))} |\n|{'---|' * len(columns)}"
+
+def verdict(low, high):
+    """What the values of some seeds say of the claim that they are lower than others."""
+    if min(len(low), len(high)) < 2:
+        return "–"
+    return "holds" if max(low) < min(high) else "does not" if min(low) > max(high) else "undecided"
+
+VERDICTS = ("A claim holds where every seed has the lower score, does not where none has, and is undecided where they "
+            "overlap: there more seeds would decide (`--seeds`). Of two equal methods three seeds each are parted by "
+            "chance one time in ten. –: fewer than two seeds.")
+
+def write(path, text):
+    """Write a page of Markdown, its paragraphs in lines of 120 characters, and print it."""
+    text = "\n".join(line if line.startswith("|") else textwrap.fill(line, 120) for line in text.splitlines())
+    with whole_file(path) as tmp:
+        tmp.write_text(text + "\n")
+    print(f"{text}\nwrote {path}")

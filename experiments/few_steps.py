@@ -13,7 +13,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from common import ROOT, STEPS, QuickScore, heading, row, seconds, to_the_end
+from common import ROOT, STEPS, QuickScore, heading, pairs, row, seconds, to_the_end
 
 import distill
 import sample
@@ -61,7 +61,7 @@ def main(argv=None):
         found[name] = [score.of_file(out / "ckpt.pt") for out in outs]
         own = 500 * 64 if run["main"] is distill.main else 0
         took = sum(seconds(out, 32) for out in outs) / len(outs)
-        lines.append(row(name, found[name], f"{32 * updates_of(run) * run['evaluations'] + own:,.0f}", f"{took:.0f}"))
+        lines.append(row(name, pairs(found[name]), f"{32 * updates_of(run) * run['evaluations'] + own:,.0f}", f"{took:.0f}"))
     text = "\n".join([
         f"{'Faces at 32x32, small32' if args.data else 'Built-in pictures at 16x16, toy model'}, batch 32, seeds "
         f"{', '.join(map(str, args.seeds))} (`python experiments/few_steps.py`).", "Quick score of 512 samples in N "

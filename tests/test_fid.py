@@ -165,7 +165,8 @@ def test_random_weights_are_the_same_everywhere_and_never_called_fid():
     assert a.id == b.id == "random-72007735"
     features = a(pictures(3, shape=(16, 16, 3)))[0]
     assert features.isfinite().all() and features.std(0).mean() > 0.01
-    assert fid.metric_names(a.id) == ("rFID (random features)", None, "rKID (random features)")
+    assert fid.metric_names(a.id) == ("rFID (random features)", None, *(
+        f"r{name} (random features)" for name in ("KID", "precision", "recall")))
     assert fid.metric_names(inception.SHA256)[0] == "FID"
     assert fid.metric_names("ab" * 32)[0] == "FD (weights abababab)"
     assert "FID" not in fid.metric_names("ab" * 32)
@@ -269,6 +270,47 @@ def test_fidelity_is_1_for_the_same_a_half_for_the_average_and_0_for_others():
     assert fid.fidelity(other.flip(0), r.flip(0))[0] == pytest.approx(fid.fidelity(other, r)[0], abs=1e-6)
     value, error = fid.fidelity(other[:500], r[:500])         # its standard error is that of the mean
     assert abs(value) < 4 * error and error == pytest.approx(fid.fidelity(other, r)[1] * 2, rel=0.2)
+
+def test_precision_and_recall_are_the_reference():
+    """Of torch-fidelity 0.4.0, `prc_features_to_metric` with a neighbourhood of 3."""
+    real, fake = (torch.from_numpy(GOLDEN[f"kid_{k}"]).double() for k in "xy")
+    for fakes, reference in ((fake, (0.265, 0.96)), (fake[:150], (37 / 150, 0.965)),
+                             ((real.mean(0) + fake) / 2, (1, 0))):
+        assert fid.precision_recall(real, fakes) == pytest.approx(reference, abs=1e-6)
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_and_recall_are_what_the_definition_says(k):
+    real, fake = np.random.default_rng(0).normal(size=(40, 3)), np.random.default_rng(1).normal(2, 1, (30, 3))
+    def within(points, manifold):
+        radii = [sorted(math.dist(a, b) for b in manifold)[k] for a in manifold]              # the 0th is itself
+        return np.mean([any(math.dist(p, a) <= r for a, r in zip(manifold, radii, strict=True)) for p in points])
+    got = fid.precision_recall(torch.from_numpy(real), torch.from_numpy(fake), k)
+    assert got == (within(fake, real), within(real, fake)) and 0 < got[0] != got[1] < 1
+
+def test_samples_without_variety_are_precise_and_recall_little():
+    """The direction: exchanged, a collapsed model would have the better recall."""
+    real = torch.randn(1500, 2, generator=torch.Generator().manual_seed(0))
+    fake = torch.randn(1500, 2, generator=torch.Generator().manual_seed(1))
+    collapsed, noisy = 0.05 * fake, 20 * fake
+    scores = fid.compare(*(Rows(x).statistics() for x in (real, collapsed)))
+    scores, names = scores["scores"], fid.metric_names("rows")[3:]
+    assert names == ("precision (weights rows)", "recall (weights rows)")
+    assert scores[names[0]] > 0.95 and scores[names[1]] < 0.05
+    precision, recall = fid.precision_recall(real.double(), noisy.double())
+    assert precision < 0.1 and recall > 0.5
+
+def test_precision_and_recall_are_of_equally_many(tiny):
+    real, fake = (Rows(torch.randn(n, 2, generator=torch.Generator().manual_seed(n))).statistics() for n in (400, 50))
+    result = fid.compare(real, fake)
+    assert result["features"]["precision and recall"] == "k = 3, 50 of each"
+    some, all_of_them = fid.equally_many(real.kid_features, fake.kid_features)
+    assert len(some) == 50 and set(some[:, 0].tolist()) < set(real.kid_features[:, 0].astype(float).tolist())
+    assert np.array_equal(all_of_them, fake.kid_features) and not torch.equal(some, torch.from_numpy(
+        real.kid_features[:50]).double())                     # not the first: a folder may be sorted by class
+    assert [result["scores"][name] for name in fid.metric_names("rows")[3:]] == list(
+        fid.precision_recall(some, all_of_them))
+    few = Rows(torch.randn(3, 2)).statistics()
+    assert not any("recall" in name for name in fid.compare(real, few)["scores"])
 
 def test_features_kept_for_kid_are_a_bounded_uniform_and_repeatable_choice():
     n = 4 * fid.KEPT

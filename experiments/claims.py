@@ -1,0 +1,103 @@
+"""How many updates a method needs, and whether DSD and PD are best one after the other: two claims of the paper.
+
+    python experiments/claims.py --data celeba-10k.zip     # docs/claims.md, .json and .png; 13 hours on a thread
+    python experiments/claims.py --seeds                   # only the page, of what claims.json has
+
+The base model is that of table2.py. Each number of updates has a rate of its own, chosen by a run of another seed. What
+claims.json has is not made again, so that several sittings and machines may each make some of it.
+"""
+
+import matplotlib.pyplot as plt
+from common import VERDICTS, Experiment, evaluations, heading, pairs, row, verdict
+from table2 import BASE
+
+import distill
+import train
+
+STEPS = 1, 2, 4, 8
+UPDATES = 32, 64, 128, 256, 512, 1024
+FINE, COARSE = [1e-6, 3e-6, 1e-5, 3e-5], [1e-5, 3e-5, 1e-4, 3e-4]                      # rates to choose from
+KINDS = {
+    "dsdi": (["--schedule", "dsdi"], FINE, (*UPDATES, 160, 320)),
+    "dsdgl-average": (["--schedule", "dsdgl", "--target-ema", "0.98"], COARSE, UPDATES),
+    "tsd": (["--schedule", "tsd"], COARSE, UPDATES),
+    "pd": (["--schedule", "pd"], COARSE, (*UPDATES, 4096)),
+}
+METHODS = {f"{kind}, P = {p}": ([*flags, "--updates", str(p), "--batch", "32"], rates)
+           for kind, (flags, rates, updates) in KINDS.items() for p in updates}
+
+# Four ways of one cost: 8 updates of PD put as many images through the network as 10 of DSD.
+ORDERS = {
+    "PD alone": ["pd, P = 256"],
+    "DSD alone": ["dsdi, P = 320"],
+    "DSD first, PD after": ["dsdi, P = 160", "pd, P = 128"],
+    "PD first, DSD after": ["pd, P = 128", "dsdi, P = 160"],
+}
+
+# The claim, and two rows of which the first should have the lower score.
+CLAIMS = {
+    "few updates suffice: 128 of DSDI beat none": ("dsdi, P = 128", "undistilled"),
+    "more harm: 128 beat 1,024 of DSDI": ("dsdi, P = 128", "dsdi, P = 1024"),
+    "DSDI's 128 beat PD's 128": ("dsdi, P = 128", "pd, P = 128"),
+    "PD with many more, 4,096, beats DSDI's 128": ("pd, P = 4096", "dsdi, P = 128"),
+    "PD's 4,096 beat an average as the target, 1,024": ("pd, P = 4096", "dsdgl-average, P = 1024"),
+    "at equal cost: DSD first, PD after, beats PD alone": ("DSD first, PD after", "PD alone"),
+    "beats DSD alone": ("DSD first, PD after", "DSD alone"),
+    "beats the other order": ("DSD first, PD after", "PD first, DSD after"),
+}
+
+def make(table):
+    """All figures that are missing."""
+    runs, scoring = {name: [name] for name in METHODS} | ORDERS, table.args.n * sum(STEPS)
+    finals = {f"{name}, seed {seed}": (name, seed) for seed in table.args.seeds for name in runs}
+    table.tell_time(table.jobs({figure: (runs[name], scoring, 0) for figure, (name, _) in finals.items()}))
+    table.made("undistilled, seed 0", lambda: dict(scores=table.quick_scores(table.base, STEPS)))
+    rates = table.rates()
+    for figure, (name, seed) in finals.items():
+        stages = [(method, rates[method]) for method in runs[name]]
+        table.made(figure, lambda name=name, seed=seed, stages=stages: dict(
+            lr=[lr for _, lr in stages], scores=table.last_scores(
+                table.distilled(f"orders-seed{seed}/{name}", seed, *stages), STEPS)))
+
+def page(table):
+    """The table in Markdown, and the picture: scores against updates at each step count."""
+    found = {name: runs for name in ("undistilled", *METHODS, *ORDERS) if (runs := table.figures.of_seeds(name))}
+    draw(found, table.args.out / "claims.png")
+    def about(name):
+        run = ORDERS.get(name, [name] * (name in METHODS))
+        cost = sum(evaluations(distill.parse_args(METHODS[method][0])) for method in run)
+        rates = ", ".join(f"{lr:g}" for lr in found[name][0].get("lr", []))
+        return rates, f"{len(found[name])}" if run else "", f"{cost / 1000:.1f}" if run else ""
+    lines = [f"`python experiments/claims.py`: {table.figures}. Quick score at N steps, mean of seeds of "
+             f"distillation ± half their range, and contrast. Rates: chosen by a run of seed {table.CHOICE}, whose "
+             f"noise was another. Evaluations: thousands of images, a backward pass counts as two.", "",
+             heading("run", "rate", "seeds", "evaluations", *STEPS)]
+    lines += [row(name, [*about(name), *pairs([run["scores"] for run in runs])]) for name, runs in found.items()]
+    def side(name, i):                                        # the undistilled model is one, and stands for all seeds
+        return [run["scores"][i][0] for run in found.get(name, [])] * (2 if name == "undistilled" else 1)
+    lines += ["", f"**Claims**. {VERDICTS}", "", heading("claim", *STEPS)]
+    return "\n".join([*lines, *(row(claim, [verdict(side(low, i), side(high, i)) for i in range(len(STEPS))])
+                                for claim, (low, high) in CLAIMS.items())])
+
+def draw(found, path):
+    """Scores against the number of updates, a line for each method and seed in its colour."""
+    figure, axes = plt.subplots(1, len(STEPS), figsize=(4 * len(STEPS), 3.5))
+    for i, (axis, steps) in enumerate(zip(axes, STEPS, strict=True)):
+        for number, kind in enumerate(KINDS):
+            points = sorted((int(name.split(" = ")[1]), [run["scores"][i][0] for run in runs])
+                            for name, runs in found.items() if name.startswith(f"{kind}, "))
+            for updates, scores in points:
+                axis.plot([updates] * len(scores), scores, ".", color=f"C{number}")
+            axis.plot([p for p, _ in points], [sum(s) / len(s) for _, s in points], color=f"C{number}", label=kind)
+        axis.axhline(found["undistilled"][0]["scores"][i][0], color="grey", linestyle=":", label="undistilled")
+        axis.set(xscale="log", yscale="log", xlabel="updates", title=f"quick score at {steps} steps")
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+    plt.close(figure)
+
+def main(argv=None):
+    args = Experiment.flags("table2", __doc__, samples=512).parse_args(argv)
+    Experiment("claims", args, BASE, METHODS, size=train.parse_args(BASE).size).sitting(make, page)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Table 2's class-conditional half in small: built-in pictures, guidance, and a classifier in place of Inception Score.
+
+    python experiments/classes.py              # writes docs/classes.md, .json and .png; 3 hours on a thread
+    python experiments/classes.py --seeds 1    # elsewhere: of one seed, with the same base model as --ckpt
+
+Trains a model of ten classes and distils it, guided. The score is the share of samples that a classifier takes for the
+class that was asked for; it learned from other pictures than those on which its own accuracy is told. What classes.json
+has is not made again.
+"""
+
+import sys
+from functools import cache
+
+import numpy as np
+import torch
+from common import VERDICTS, Experiment, drawn, heading, pairs, row, verdict
+from torch import nn
+
+import train
+from data import load_data, to_tensor
+from pictures import SHAPES, draw_picture
+from runtime import progress
+
+STEPS = 1, 2, 4, 8, 64
+BASE = ["--classes", "--updates", "3000", "--lr-end", "1e-5", "--sample-every", "0"]
+RATES, JUMPING = [5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4], [3e-4, 1e-3, 3e-3]              # to choose from
+P = ["--updates", "128", "--batch", "32"]
+METHODS = {
+    "tsd": (["--schedule", "tsd", *P], RATES),
+    "dsdi": (["--schedule", "dsdi", *P], RATES),
+    "dsdgl-average": (["--schedule", "dsdgl", "--target-ema", "0.98", *P], RATES),
+    "shortcut-w1": (["--schedule", "shortcut", "--guidance", "1", "1"], JUMPING),
+    "shortcut-w2": (["--schedule", "shortcut", "--guidance", "2", "2"], JUMPING),
+}
+BAKED = {"shortcut-w1": 1.0, "shortcut-w2": 2.0}              # the guidance that is built in; the others are sampled
+GUIDANCE = 1.0, 2.0                                           # with each of these
+CLASSIFIER = dict(updates=1500, batch=64, unseen=2000)
+
+# The claim, and two rows of which the first should have the higher accuracy, at their lowest guidance.
+CLAIMS = {
+    "DSDI beats TSD": ("dsdi", "tsd"),
+    "an average as the target beats TSD": ("dsdgl-average", "tsd"),
+    "shortcut beats dsdgl-average": ("shortcut-w1", "dsdgl-average"),
+    "guidance that is built in helps shortcut": ("shortcut-w2", "shortcut-w1"),
+    "DSDI beats the undistilled model": ("dsdi", "undistilled"),
+    "TSD beats the undistilled model": ("tsd", "undistilled"),
+}
+
+class Classifier:
+    """A network that learns at once to tell the built-in pictures' ten kinds apart."""
+
+    def __init__(self, size):
+        images = load_data(None, size)
+        torch.manual_seed(0)
+        layers = [(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in ((3, 32), (32, 64), (64, 128))]
+        self.net = nn.Sequential(*sum(layers, ()), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, len(SHAPES)))
+        opt = torch.optim.Adam(self.net.parameters(), lr=2e-3)
+        for step in progress(iterable=range(CLASSIFIER["updates"]), desc="the classifier"):
+            x, y = images.batch(step, CLASSIFIER["batch"], seed=0)
+            opt.zero_grad()
+            nn.functional.cross_entropy(self.net(x), y).backward()
+            opt.step()
+        self.net.eval()
+        unseen = range(len(images), len(images) + CLASSIFIER["unseen"])
+        self.own_accuracy = self.accuracy(to_tensor(np.stack([draw_picture(i, size) for i in unseen])),
+                                          torch.tensor(unseen) % len(SHAPES))
+
+    @torch.no_grad()
+    def accuracy(self, x, y):
+        """The percentage of images x (N, 3, H, W) in [-1, 1] that it takes for their classes y (N,)."""
+        found = torch.cat([self.net(part).argmax(1) for part in x.split(250)])
+        return 100 * (found == y).double().mean().item()
+
+classifier = cache(Classifier)                                # trained where a figure is missing, once
+
+def scored(table, ckpt, guidance, **more):
+    """{guidance: [[accuracy in percent, quick score] at each of STEPS]} of a checkpoint, with `more` beside it."""
+    def at(w, steps):
+        sampler = table.sampler(ckpt, w=w)
+        x = drawn(sampler, steps, table.args.n)
+        return [judge.accuracy(x, sampler.labels(range(len(x))).cpu()), table.quick.of_images(x)[0]]
+    judge = classifier(table.sampler(ckpt).image_shape[1])
+    table.made("classifier", lambda: judge.own_accuracy)
+    return dict(more, scores={f"{w:g}": [at(w, s) for s in STEPS] for w in guidance})
+
+def guidance(name):
+    """What a model is sampled with: 1 where its guidance is built in."""
+    return (1.0,) if name in BAKED else GUIDANCE
+
+def make(table):
+    """All figures that are missing, and the picture."""
+    finals = {f"{name}, seed {seed}": (name, seed) for seed in table.args.seeds for name in METHODS}
+    scoring = 1.5 * table.args.n * sum(STEPS)                 # of the guided evaluations that `tell_time` counts
+    table.tell_time(table.jobs({"undistilled, seed 0": ((), scoring, 0)} | {
+        figure: ((name,), scoring, 0) for figure, (name, _) in finals.items()}))
+    table.made("undistilled, seed 0", lambda: scored(table, table.base, GUIDANCE))
+    rates = table.rates()
+    for figure, (name, seed) in finals.items():
+        table.made(figure, lambda name=name, seed=seed: scored(
+            table, table.run(name, rates[name], seed), guidance(name), lr=rates[name]))
+    table.draw(rates, "--steps", *map(str, STEPS), "-n", "4", "--class", "star", "flower", "house", "face")
+
+def page(table):
+    """The table in Markdown."""
+    found = {name: table.figures.of_seeds(name) for name in ("undistilled", *METHODS)}
+    lines = [f"`python experiments/classes.py`: {table.figures}. The percentage of samples that a classifier "
+             f"takes for the class that was asked for, and in brackets the quick score, at N steps; means of seeds of "
+             f"distillation, ± half their range. The classifier tells {table.figures.values['classifier']:.1f} % of "
+             f"pictures that it never saw. w: guidance, built into the shortcut models, and in the others while "
+             f"sampling, at twice the cost.", "", heading("method", "w", "rate", "seeds", *STEPS)]
+    for name, runs in found.items():
+        lines += [row(name, [f"{BAKED.get(name, float(w)):g}", f"{runs[0].get('lr', '')}", f"{len(runs)}",
+                             *pairs([run["scores"][w] for run in runs])]) for w in (runs[0]["scores"] if runs else ())]
+    def wrong(name, i):                                       # the undistilled model is one, and stands for all seeds
+        return [100 - run["scores"]["1"][i][0] for run in found.get(name, [])] * (2 if name == "undistilled" else 1)
+    lines += ["", f"**Claims**, by the share that the classifier takes for another class. {VERDICTS}", "",
+              heading("claim", *STEPS)]
+    return "\n".join([*lines, *(row(claim, [verdict(wrong(low, i), wrong(high, i)) for i in range(len(STEPS))])
+                                for claim, (low, high) in CLAIMS.items())])
+
+def main(argv=None):
+    args = Experiment.flags("classes", __doc__, samples=1000).parse_args(argv)
+    if args.data:
+        sys.exit("error: classes.py is about the built-in pictures: it takes no --data")
+    table = Experiment("classes", args, BASE, METHODS, size=train.parse_args(BASE).size)
+    table.sitting(make, page)
+
+if __name__ == "__main__":
+    main()

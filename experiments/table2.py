@@ -1,0 +1,108 @@
+"""Tables 1, 2 and 4 in small, and Figure 2: every method on one model of 32x32 faces, at 1 to 64 steps.
+
+    python experiments/table2.py --data celeba-10k.zip         # docs/table2.md, .json and .png; 6 hours on a thread
+    python experiments/table2.py --data celeba-10k.zip --seeds 1 --ckpt FILE    # elsewhere: a seed, of the same base
+
+Trains the base model, then distils it with every method, twice: at the method's own rate, chosen by runs of another
+seed and by another score than those shown, and as the paper does, all at the rate that is best for TSD. Tells the time
+first. What table2.json has is not made again, so that several sittings and machines may each make some of it.
+"""
+
+import json
+
+from common import STEPS, VERDICTS, Experiment, cell, evaluations, heading, row, verdict
+
+import distill
+import fid
+import train
+
+BASE = ["--crop", "0.787", "--size", "32", "--model", "small32", "--batch", "64", "--updates", "6000", "--ema", "0.999",
+        "--lr-end", "1e-5", "--sample-every", "0"]
+RATES, JUMPING = [2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4], [3e-4, 1e-3, 3e-3]        # to choose from
+P = ["--updates", "128", "--batch", "32"]
+METHODS = {name: (["--schedule", name, *P], RATES) for name in ("pd", "tsd", "dsdn", "dsdi", "dsdgl", "dsdgexp")} | {
+    "dsdgl-average": (["--schedule", "dsdgl", "--target-ema", "0.98", *P], RATES),
+    "shortcut": (["--schedule", "shortcut"], JUMPING),
+    "shortcut-brief": (["--schedule", "shortcut", "--updates", "100", "--pool", "64", "--steps", "32"], JUMPING),
+}
+PAPERS = "dsdn", "dsdi", "dsdgl", "dsdgexp"                   # which the paper compares with TSD at one rate
+OWN, SAME = "own rate", "TSD's rate"
+
+# The claim, and two rows of which the first should have the lower score.
+CLAIMS = {
+    "DSDI beats TSD at TSD's rate": (f"dsdi, {SAME}", f"tsd, {OWN}"),
+    "DSDI beats TSD, each at its own rate": (f"dsdi, {OWN}", f"tsd, {OWN}"),
+    "DSDN, which needs no schedule, beats DSDI": (f"dsdn, {OWN}", f"dsdi, {OWN}"),
+    "DSDN beats DSDGL": (f"dsdn, {OWN}", f"dsdgl, {OWN}"),
+    "an average as the target helps DSDGL": (f"dsdgl-average, {OWN}", f"dsdgl, {OWN}"),
+    "shortcut beats dsdgl-average": (f"shortcut, {OWN}", f"dsdgl-average, {OWN}"),
+    "shortcut does at equal cost": (f"shortcut-brief, {OWN}", f"dsdgl-average, {OWN}"),
+    "DSDI beats the undistilled model": (f"dsdi, {OWN}", "undistilled"),
+    "TSD beats the undistilled model": (f"tsd, {OWN}", "undistilled"),
+}
+
+def scored(table, ckpt, **more):
+    """{steps: {score: value}} of a checkpoint by fid.py, with `more` beside it."""
+    fid.main(["--ckpt", str(ckpt), *table.data, "--steps", *map(str, STEPS), "-n", str(table.args.n), "--weights",
+              table.args.weights, "--device", table.args.device, "--out", str(ckpt.parent / "fid")])
+    (results,) = json.loads((ckpt.parent / "fid" / "table.json").read_text()).values()
+    scores = {str(r["fake"]["steps"]): {name.replace(" (random features)", ""): round(value, 5)
+                                        for name, value in r["scores"].items()} for r in results}
+    return dict(more, scores=scores, contrast=results[0]["real"]["contrast"])
+
+def finals(args):
+    """{figure: (method, way)} of all that the table shows but the undistilled model."""
+    ways = [(name, OWN) for name in METHODS] + [(name, SAME) for name in PAPERS if name in METHODS]
+    return {f"{name}, {way}, seed {seed}": (name, way, seed) for seed in args.seeds for name, way in ways}
+
+def make(table):
+    """All figures that are missing, and the picture."""
+    scoring, looks = table.args.n * sum(STEPS), table.args.n * len(STEPS)
+    table.tell_time(table.jobs({"undistilled, seed 0": ((), scoring, looks)} | {
+        figure: ((name,), scoring, looks) for figure, (name, *_) in finals(table.args).items()}))
+    table.made("undistilled, seed 0", lambda: scored(table, table.base))
+    rates = table.rates()
+    for figure, (name, way, seed) in finals(table.args).items():
+        lr = rates[name if way == OWN else "tsd"]
+        table.made(figure, lambda name=name, lr=lr, seed=seed: scored(table, table.run(name, lr, seed), lr=lr))
+    table.draw(rates, "--steps", *map(str, STEPS), "-n", "2")
+
+def page(table):
+    """The tables in Markdown."""
+    rows = ["undistilled", *(f"{name}, {way}" for way in (OWN, SAME) for name in METHODS)]
+    found = {name: runs for name in rows if (runs := table.figures.of_seeds(name))}
+    first = found["undistilled"][0]
+    def values(name, steps, metric):
+        return [run["scores"][str(steps)][metric] for run in found.get(name, [])]
+    def about(name, runs):
+        if name == "undistilled":
+            return "", "", ""
+        flags, grid = METHODS[name.split(",")[0]]
+        end = " (end of the grid)" * (OWN in name and runs[0]["lr"] in (grid[0], grid[-1]))
+        return f"{runs[0]['lr']:g}{end}", f"{len(runs)}", f"{evaluations(distill.parse_args(flags)) / 1000:.1f}"
+    lines = [f"`python experiments/table2.py`: {table.figures}. Means of seeds of distillation, ± half their "
+             f"range; the base model is one. Own rates: chosen by the quick score of a run of seed {table.CHOICE}. "
+             f"Evaluations: thousands of images, a backward pass counts as two. Contrast of the real images: "
+             f"{first['contrast']:.3f}."]
+    metrics = [m for m in first["scores"]["1"] if "std" not in m and "KID" not in m]
+    for metric in metrics:
+        lines += ["", f"**{metric}** at N steps", "", heading("method", "rate", "seeds", "evaluations", *STEPS)]
+        lines += [row(name, [*about(name, runs), *(cell(values(name, s, metric)) for s in STEPS)])
+                  for name, runs in found.items()]
+    def side(name, steps):                                    # the undistilled model is one, and stands for all seeds
+        return values(name, steps, metrics[0]) * (2 if name == "undistilled" else 1)
+    lines += ["", f"**Claims**, by {metrics[0]}. {VERDICTS}", "", heading("claim", *STEPS)]
+    lines += [row(claim, [verdict(side(low, s), side(high, s)) for s in STEPS])
+              for claim, (low, high) in CLAIMS.items()]
+    sharp = [verdict([first["contrast"]] * 2, values(f"dsdgexp, {OWN}", s, "contrast")) for s in STEPS]
+    return "\n".join([*lines, row("DSDGEXP over-sharpens: more contrast than the real images", sharp)])
+
+def main(argv=None):
+    p = Experiment.flags("table2", __doc__, samples=512)
+    p.add_argument("--weights", default="random", metavar="FILE", help="of fid.py's features (default: random)")
+    args = p.parse_args(argv)
+    table = Experiment("table2", args, BASE, METHODS, size=train.parse_args(BASE).size, weights=args.weights)
+    table.sitting(make, page)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The scripts of experiments/ that make many runs, each from its first update to its page, at a size of nothing."""
+
+import json
+import re
+
+import claims
+import classes
+import common
+import figure3
+import pytest
+import table2
+import torch
+from conftest import SMALL_RUN, labelled_images
+from test_fid import Tiny
+
+import fid
+import inception
+
+BASE = [*SMALL_RUN, "--updates", "2", "--lr", "0.01", "--warmup", "0"]
+P = ["--batch", "4", "--steps", "4"]
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The flags of a rehearsal on twenty images, into tmp_path. Pictures of single runs are left out."""
+    monkeypatch.setenv("DSD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("hooks.SHOWN", (1, 2))
+    for name in ("distill.compare_picture", "distill.draw_curves", "train.draw_curves"):
+        monkeypatch.setattr(name, lambda trainer: None)
+    return ["--data", labelled_images(tmp_path / "data", 20), "--device", "cpu", "-n", "8", "--seeds", "0", "1",
+            "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+
+def rehearse(script, flags, out, monkeypatch, capsys):
+    """Run a script, and again for its page alone: its figures, and that page."""
+    name = script.__name__
+    script.main(flags)
+    assert re.search(r"(\d+) runs and scores to make: about \d+\.\d h", capsys.readouterr().err)
+    made, page = ((out / f"{name}.{kind}").read_text() for kind in ("json", "md"))
+    assert (out / f"{name}.png").exists()
+    for needed in ("to_the_end", "frechet_distance"):         # a run or a score would now be an error
+        monkeypatch.setattr(common, needed, None)
+    script.main([*flags, "--seeds"])
+    assert (out / f"{name}.json").read_text() == made and (out / f"{name}.md").read_text() == page
+    return json.loads(made), page
+
+def cells(page, start):
+    """The cells of the first line of a table that begins so."""
+    return re.search(rf"^\| {re.escape(start)} \| (.*) \|$", page, re.M)[1].split(" | ")
+
+def test_table2(place, tmp_path, monkeypatch, capsys):
+    features = inception.Features(Tiny(), inception.RANDOM, torch.device("cpu"))
+    monkeypatch.setattr(fid, "load_features", lambda *a: features)
+    methods = {name: (["--schedule", name, "--updates", "3", *P], [1e-4, 1e-2]) for name in ("tsd", "dsdi")}
+    for name, value in (("BASE", BASE), ("METHODS", methods), ("STEPS", (1, 2))):
+        monkeypatch.setattr(table2, name, value)
+    figures, page = rehearse(table2, place, tmp_path, monkeypatch, capsys)
+    assert len([name for name in figures if "seed" in name]) == 1 + 2 * 2 + 2
+    chosen = figures["tsd, own rate, seed 0"]["lr"]
+    quick = {lr: figures[f"rate of tsd: {lr:g}"] for lr in (1e-4, 1e-2)}
+    best = min(quick, key=lambda lr: quick[lr][0][0] * quick[lr][1][0] * quick[lr][2][0])
+    assert chosen == best == figures["dsdi, TSD's rate, seed 1"]["lr"]
+    for metric in ("rFID", "rprecision", "rrecall", "contrast"):
+        assert f"**{metric}** at N steps" in page
+    at_two = [figures[f"dsdi, own rate, seed {seed}"]["scores"]["2"]["rFID"] for seed in (0, 1)]
+    found = cells(page, "dsdi, own rate")
+    assert found[1] == "2" and found[-1].startswith(f"{sum(at_two) / 2:.3g} ± ")
+    with pytest.raises(SystemExit, match="has other figures"):           # other samples do not go into the same file
+        table2.main([*place, "--seeds", "-n", "9"])
+
+def test_classes(place, tmp_path, monkeypatch, capsys):
+    methods = {"dsdi": (["--schedule", "dsdi", "--updates", "3", *P], [1e-3]),
+               "shortcut-w2": (["--schedule", "shortcut", "--guidance", "2", "2", "--updates", "2", "--pool", "8", *P],
+                               [1e-3])}
+    for name, value in (("BASE", ["--classes", *BASE]), ("METHODS", methods), ("STEPS", (1, 2)),
+                        ("CLASSIFIER", dict(updates=60, batch=64, unseen=200))):
+        monkeypatch.setattr(classes, name, value)
+    monkeypatch.setattr("pictures.BuiltIn.__init__.__defaults__", (300,))
+    figures, page = rehearse(classes, place[2:], tmp_path, monkeypatch, capsys)
+    assert 30 < figures["classifier"] <= 100                  # by chance: 10
+    assert figures["dsdi, seed 1"]["scores"].keys() == {"1", "2"}
+    assert figures["shortcut-w2, seed 1"]["scores"].keys() == {"1"}
+    accuracies = [figures[f"shortcut-w2, seed {seed}"]["scores"]["1"][1][0] for seed in (0, 1)]
+    assert cells(page, "shortcut-w2 | 2")[-1].startswith(f"{sum(accuracies) / 2:.3g} ± ")
+
+def test_claims(place, tmp_path, monkeypatch, capsys):
+    methods = {f"{name}, P = {p}": (["--schedule", name, "--updates", str(p), *P], [1e-3])
+               for name in ("dsdi", "pd") for p in (2, 3)}
+    orders = {"DSD first, PD after": ["dsdi, P = 2", "pd, P = 2"], "PD alone": ["pd, P = 3"]}
+    for name, value in (("BASE", BASE), ("METHODS", methods), ("ORDERS", orders), ("STEPS", (1, 2))):
+        monkeypatch.setattr(claims, name, value)
+    figures, page = rehearse(claims, place, tmp_path, monkeypatch, capsys)
+    assert figures["DSD first, PD after, seed 0"]["lr"] == [1e-3, 1e-3]
+    both, alone = ([figures[f"{name}, seed {seed}"]["scores"][0][0] for seed in (0, 1)] for name in orders)
+    assert cells(page, "at equal cost: DSD first, PD after, beats PD alone")[0] == common.verdict(both, alone)
+    assert cells(page, "PD with many more, 4,096, beats DSDI's 128") == ["–", "–"]
+
+def test_figure3(place, tmp_path, monkeypatch, capsys):
+    for name, value in (("SETS", dict.fromkeys(("built-in", "faces"), [*BASE, "--updates", "4"])), ("POINTS", 2)):
+        monkeypatch.setattr(figure3, name, value)
+    figures, page = rehearse(figure3, place, tmp_path, monkeypatch, capsys)
+    for kind in figure3.KINDS:
+        curve = figures[f"faces, {kind}, seed 1"]
+        assert [step for step, _ in curve] == [2, 4] and len(curve[0][1]) == len(figure3.SCORED)
+    assert len({json.dumps(figures[f"faces, {kind}, seed 0"]) for kind in figure3.KINDS}) == 3
+    last = [figures[f"faces, plain, seed {seed}"][-1][1][0][0] for seed in (0, 1)]
+    assert cells(page, "faces | plain")[1].startswith(f"{sum(last) / 2:.3g} ± ")
+
+@pytest.mark.parametrize("low,high,says", [
+    ([1, 2], [3, 4], "holds"), ([3, 4], [1, 2], "does not"), ([1, 3], [2, 4], "undecided"), ([1], [2, 3], "–"),
+])
+def test_a_claim_is_decided_by_all_seeds(low, high, says):
+    assert common.verdict(low, high) == says
