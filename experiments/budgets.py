@@ -43,7 +43,8 @@ def line(name, runs, budget):
     """A line of the table: the same run with several seeds."""
     rest = [""] * (len(STEPS) - len(runs[0]["scores"]))       # a rate that was only tried has no many steps
     took = sum(r["seconds"] for r in runs) // len(runs)
-    return row(name, pairs([r["scores"] for r in runs]), *rest, f"10^{math.log10(budget):.3g}", str(len(runs)), str(took))
+    return row(name, pairs([r["scores"] for r in runs]), *rest, f"10^{math.log10(budget):.0f}", f"{len(runs)}",
+               f"{took}")
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -59,9 +59,10 @@ def main(argv=None):
     for name in args.runs:
         run, outs = RUNS[name], [place(name, seed) for seed in args.seeds]
         found[name] = [score.of_file(out / "ckpt.pt") for out in outs]
-        own = 500 * 64 if run["main"] is distill.main else 0
+        own = 2000 * 16 if run["main"] is distill.main else 0
         took = sum(seconds(out, 32) for out in outs) / len(outs)
-        lines.append(row(name, pairs(found[name]), f"{32 * updates_of(run) * run['evaluations'] + own:,.0f}", f"{took:.0f}"))
+        evaluations = 32 * updates_of(run) * run["evaluations"] + own
+        lines.append(row(name, pairs(found[name]), f"{evaluations:,.0f}", f"{took:.0f}"))
     text = "\n".join([
         f"{'Faces at 32x32, small32' if args.data else 'Built-in pictures at 16x16, toy model'}, batch 32, seeds "
         f"{', '.join(map(str, args.seeds))} (`python experiments/few_steps.py`).", "Quick score of 512 samples in N "
