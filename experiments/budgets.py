@@ -34,7 +34,7 @@ def flags_of(method, budget, lr, seed, ckpt, data):
              "--no-guard", *m.get("flags", []), *(["--data", data] if method == "pd" and data else [])]
     if method == "shortcut":
         pool, steps = (100, 32) if budget < 5e4 else (500, 64)
-        flags += ["--pool", str(pool), "--steps", str(steps)]
+        flags += ["--pool", str(pool), "--steps", str(steps), "--lr-end", f"{lr / 10:g}"]
         own = pool * steps
     updates = int((budget - own) / m["cost"] / BATCH)
     return [*flags, "--updates", str(updates)], own + updates * BATCH * m["cost"]
