@@ -25,7 +25,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from gradients import METHODS, gradients
 
 import distill
-import hooks
 import train
 from checkpoint import load_checkpoint
 from ddim import Denoiser, ddim_sample
@@ -181,7 +180,6 @@ def resuming(args):
     """Weights of a run that was stopped and resumed, beside those of one that was not, bit for bit."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"         # without which cuBLAS is not deterministic
     torch.use_deterministic_algorithms(True)
-    hooks.SHOWN = 1, 2                                        # the pictures of distill.py are not looked at
     folder, draw, rows = args.runs / "resume", np.random.default_rng(0), []
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for i in range(8):
