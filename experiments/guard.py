@@ -64,7 +64,8 @@ def laboratory(docs):
     was, r = at(net), lab.points(net, MANY)
     for method, lr in product(lab.SETTINGS, (1, 3, 10)):
         lr *= lab.SETTINGS[method]["lr"]
-        model = lab.in_the_lab(net, mixture, method, lr=lr, **({"ema": 0.95} if method == "shortcut" else {}))
+        settings = lab.SETTINGS[method] | dict(lr=lr, lr_end=lr / 10)
+        model = lab.in_the_lab(net, mixture, method, **settings)
         now, few = at(model), {n: lab.points(model, n) for n in (2, 4, 8)}
         verdict = "lost" if not now[4] < was[2] else "poor" if now[8] > was[4] else "good"
         rows.append([verdict, f"{method} {lr:g}",

@@ -158,7 +158,7 @@ def density(points, side=64, extent=1.8):
 # Rates that improve 2 and 4 steps without spoiling 8, of 5e-6 … 3e-3; the last row is the steadied one of the README.
 SETTINGS = {
     "dsdn": dict(lr=1e-5), "dsdi": dict(lr=1e-5), "dsdgl": dict(lr=1e-5), "dsdgexp": dict(lr=1e-5),
-    "tsd": dict(lr=5e-5), "pd": dict(lr=3e-5), "shortcut": dict(lr=1e-3, ema=0.95),
+    "tsd": dict(lr=5e-5), "pd": dict(lr=3e-5), "shortcut": dict(lr=1e-3, lr_end=1e-4, ema=0.95),
 }
 STEADIED = dict(schedule="dsdi", lr=2e-4, target_ema=0.995, ema=0.995)
 FEW = dict(schedule="dsdgl", lr=3e-5, updates=128)            # from 64 steps hardly a trajectory is walked to its end
