@@ -29,7 +29,8 @@ VERDICTS = "good", "poor", "lost", "?"
 STEADY = ["--target-ema", "0.98"]
 RUNS = {                                                      # method, rate, updates, further flags; and by eye
     "dsdn 1e-5": ("dsdn", 1e-5, 128, []), "dsdn 1e-4": ("dsdn", 1e-4, 128, []),
-    "dsdi 3e-6": ("dsdi", 3e-6, 128, []), "dsdi 1e-5": ("dsdi", 1e-5, 128, []), "dsdi 3e-5": ("dsdi", 3e-5, 128, []),
+    "dsdi 3e-6": ("dsdi", 3e-6, 128, []), "dsdi 5e-6": ("dsdi", 5e-6, 128, []),
+    "dsdi 1e-5": ("dsdi", 1e-5, 128, []), "dsdi 3e-5": ("dsdi", 3e-5, 128, []),
     "dsdi 1e-4": ("dsdi", 1e-4, 128, []), "dsdi 1e-5, P = 512": ("dsdi", 1e-5, 512, []),
     "dsdi 3e-5, D = .98": ("dsdi", 3e-5, 128, STEADY), "dsdgl 5e-6": ("dsdgl", 5e-6, 128, []),
     "dsdgl 3e-5": ("dsdgl", 3e-5, 128, []), "dsdgl 7e-5, D = .98": ("dsdgl", 7e-5, 128, STEADY),
