@@ -199,7 +199,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shortcut")
     train.main([*SMALL_RUN, "--updates", "20", "--cache", str(folder / "cache"), "--out", str(folder / "base")])
     return ["--schedule", "shortcut", "--ckpt", str(folder / "base" / "ckpt.pt"), "--batch", "8", "--steps", "4",
-            "--pool", "20", "--log-every", "1", "--device", "cpu", "--cache", str(folder / "cache")]
+            "--pool", "20", "--log-every", "1", "--device", "cpu", "--dtype", "fp32", "--cache", str(folder / "cache")]
 
 def test_training_learns_to_jump_and_goes_on(small_run, tmp_path, monkeypatch):
     """With classes and guidance; resumed it is the run that was never interrupted."""
