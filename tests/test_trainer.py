@@ -29,7 +29,7 @@ def a_trainer(**settings):
 # ---- one update ---------------------------------------------------------------------------------------
 def test_an_update_is_adam_on_the_clipped_gradient_at_the_rate_of_the_schedule():
     """By hand in double: gradient over its norm where that is above --clip, Adam's formulas, warm-up."""
-    t = a_trainer(lr=0.1, warmup=4, clip=0.25, betas=[0.8, 0.9])
+    t = a_trainer(lr=0.1, lr_share=1.0, warmup=4, clip=0.25, betas=[0.8, 0.9])
     p = t.net.out.bias
     target, want = torch.tensor([3.0, -1.0, 0.5]), p.detach().double()
     m = v = torch.zeros(3, dtype=torch.double)
