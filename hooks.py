@@ -26,11 +26,12 @@ def sampler_of(trainer, count=None, w=1.0):
     y = list(range(0, classes, max(1, classes // count) if count else 1)) or None
     return Sampler(trainer.ema, trainer.model_info, trainer.device, trainer.args.dtype, y, w if y else 1.0)
 
-def draw_shown(trainer, steps=SHOWN, n=NOISES, bar=True):
-    """n samples at each of `steps`, from the same noise in every run, not decoded: (rows, n, C, H, W) float32 on the
-    CPU of rank 0. None on the other ranks. Guided by the middle of --guidance, unless guidance is built in."""
+def draw_shown(trainer, steps=None, n=NOISES, bar=True):
+    """n samples at each of `steps` (SHOWN), from the same noise in every run, not decoded: (rows, n, C, H, W) float32 on
+    the CPU of rank 0. None on the other ranks. Guided by the middle of --guidance, unless guidance is built in."""
     if rank():
         return None
+    steps = steps or SHOWN
     built_in = trainer.model_info.get("guidance", 1) != 1
     sampler, rows = sampler_of(trainer, n, 1.0 if built_in else sum(trainer.args.guidance) / 2), []
     with progress(total=sum(steps), desc="sampling", unit="step", leave=False, quiet=not bar) as shown:

@@ -17,14 +17,16 @@ import fid
 import inception
 
 BASE = [*SMALL_RUN, "--updates", "2", "--lr", "0.01", "--warmup", "0"]
-P = ["--batch", "4", "--steps", "4"]
+P = ["--batch", "4", "--steps", "4", "--for-steps", "1", "2"]
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """The flags of a rehearsal on twenty images, into tmp_path. Pictures of single runs are left out."""
     monkeypatch.setenv("DSD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("hooks.SHOWN", (1, 2))
-    for name in ("distill.compare_picture", "distill.draw_curves", "train.draw_curves"):
+    monkeypatch.setattr("hooks.WATCHED", (1, 2))
+    monkeypatch.setattr("hooks.Guard.picture", lambda guard, trainer: None)
+    for name in ("distill.draw_curves", "train.draw_curves"):
         monkeypatch.setattr(name, lambda trainer: None)
     return ["--data", labelled_images(tmp_path / "data", 20), "--device", "cpu", "-n", "8", "--seeds", "0", "1",
             "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]

@@ -397,6 +397,7 @@ def small(tmp_path, monkeypatch):
         monkeypatch.setitem(ldm.MODELS, name, model)
         write_file(tmp_path / f"{name}.ckpt", state_dict_of(name))
     monkeypatch.setattr(hooks, "SHOWN", (2, 4))
+    monkeypatch.setattr(hooks, "WATCHED", (2, 4))
     rng = np.random.default_rng(0)
     for i in range(12):
         folder = tmp_path / "data" / "abc"[i % 3]
@@ -406,7 +407,8 @@ def small(tmp_path, monkeypatch):
 
 def distil(folder, name, *flags, out="out"):
     distill.main(["--ldm", name, "--ckpt", str(folder / f"{name}.ckpt"), "--out", str(folder / out), "--steps", "8",
-                  "--batch", "4", "--log-every", "1", "--no-guard", "--cache", str(folder / "cache"), *CPU, *flags])
+                  "--batch", "4", "--log-every", "1", "--no-guard", "--for-steps", "2", "4",
+                  "--cache", str(folder / "cache"), *CPU, *flags])
     return folder / out / "ckpt.pt"
 
 def test_an_ldm_is_sampled_into_a_grid_and_files(small):
