@@ -27,8 +27,8 @@ def sampler_of(trainer, count=None, w=1.0):
     return Sampler(trainer.ema, trainer.model_info, trainer.device, trainer.args.dtype, y, w if y else 1.0)
 
 def draw_shown(trainer, steps=None, n=NOISES, bar=True):
-    """n samples at each of `steps` (SHOWN), from the same noise in every run, not decoded: (rows, n, C, H, W) float32 on
-    the CPU of rank 0. None on the other ranks. Guided by the middle of --guidance, unless guidance is built in."""
+    """n samples at each of `steps` (SHOWN), from the same noise in every run, not decoded: (rows, n, C, H, W) float32
+    on the CPU of rank 0. None on the other ranks. Guided by the middle of --guidance, unless guidance is built in."""
     if rank():
         return None
     steps = steps or SHOWN
