@@ -26,20 +26,12 @@ from fid import MANY, NOISES, fidelity
 from sample import Sampler
 
 VERDICTS = "good", "poor", "lost", "?"
-STEADY = ["--target-ema", "0.98"]
-RUNS = {                                                      # method, rate, updates, further flags; and by eye
-    "dsdn 1e-5": ("dsdn", 1e-5, 128, []), "dsdn 1e-4": ("dsdn", 1e-4, 128, []),
-    "dsdi 3e-6": ("dsdi", 3e-6, 128, []), "dsdi 5e-6": ("dsdi", 5e-6, 128, []),
-    "dsdi 1e-5": ("dsdi", 1e-5, 128, []), "dsdi 3e-5": ("dsdi", 3e-5, 128, []),
-    "dsdi 1e-4": ("dsdi", 1e-4, 128, []), "dsdi 1e-5, P = 512": ("dsdi", 1e-5, 512, []),
-    "dsdi 3e-5, D = .98": ("dsdi", 3e-5, 128, STEADY), "dsdgl 5e-6": ("dsdgl", 5e-6, 128, []),
-    "dsdgl 3e-5": ("dsdgl", 3e-5, 128, []), "dsdgl 7e-5, D = .98": ("dsdgl", 7e-5, 128, STEADY),
-    "dsdgl 7e-5, D = .98, P = 512": ("dsdgl", 7e-5, 512, STEADY), "dsdgl 2e-4, D = .98": ("dsdgl", 2e-4, 128, STEADY),
-    "dsdgexp 5e-6": ("dsdgexp", 5e-6, 128, []), "dsdgexp 3e-5": ("dsdgexp", 3e-5, 128, []),
-    "tsd 3e-5": ("tsd", 3e-5, 128, []), "tsd 1e-4": ("tsd", 1e-4, 128, []), "tsd 1e-3": ("tsd", 1e-3, 128, []),
-    "tsd 1e-4, P = 512": ("tsd", 1e-4, 512, []), "pd 3e-5": ("pd", 3e-5, 128, []), "pd 1e-4": ("pd", 1e-4, 128, []),
-    "pd 1e-3": ("pd", 1e-3, 128, []), "shortcut 1e-3": ("shortcut", 1e-3, 300, []),
-    "shortcut 1e-2": ("shortcut", 1e-2, 300, []),
+RUNS = {                                                      # method, rate, updates, further flags
+    **{f"{method} {lr}": (method, float(lr), 128, []) for method, rates in (
+        ("dsdn", ["3e-6", "1e-5", "1e-4"]), ("dsdi", ["3e-6", "1e-5", "3e-5"]), ("dsdgl", ["3e-6"]),
+        ("dsdgexp", ["3e-6"]), ("tsd", ["3e-5", "1e-4"]), ("pd", ["1e-4"])) for lr in rates},
+    "dsdgl 7e-5, D = .98": ("dsdgl", 7e-5, 128, ["--target-ema", "0.98"]),
+    "shortcut 5e-4": ("shortcut", 5e-4, 300, []),
 }
 
 def blur(x):
