@@ -2,11 +2,14 @@
 
 import json
 import re
+from functools import partial
 
+import budgets
 import claims
 import classes
 import common
 import figure3
+import guard
 import pytest
 import table2
 import torch
@@ -15,6 +18,7 @@ from test_fid import Tiny
 
 import fid
 import inception
+import train
 
 BASE = [*SMALL_RUN, "--updates", "2", "--lr", "0.01", "--warmup", "0"]
 P = ["--batch", "4", "--steps", "4", "--for-steps", "1", "2"]
@@ -111,3 +115,25 @@ def test_figure3(place, tmp_path, monkeypatch, capsys):
 ])
 def test_a_claim_is_decided_by_all_seeds(low, high, says):
     assert common.verdict(low, high) == says
+
+def test_guard_and_budgets(tmp_path, monkeypatch, capsys):
+    """Their pages, from a model of two updates; what exists is not made again."""
+    data = labelled_images(tmp_path / "data", 20)
+    monkeypatch.setenv("DSD_CACHE", str(tmp_path / "cache"))
+    train.main([*BASE, "--data", data, "--out", str(tmp_path / "base")])
+    flags = ["--ckpt", str(tmp_path / "base"), "--data", data, "--docs", str(tmp_path), "--out"]
+    monkeypatch.setattr(guard, "RUNS", {"dsdi 1e-3": ("dsdi", 1e-3, 3, P[:4]), "pd 1e-3": ("pd", 1e-3, 3, P[:4])})
+    guard.main([*flags, str(tmp_path / "guard"), "--runs", *guard.RUNS])
+    assert len(cells((tmp_path / "guard-faces.md").read_text(), "? | dsdi 1e-3")) == 8
+    monkeypatch.setattr(budgets, "RATES", {400: dict(tsd=[1e-2, 1e-3])})
+    monkeypatch.setattr(budgets, "QuickScore", partial(common.QuickScore, n=8))
+    monkeypatch.setattr(budgets, "STEPS", (1, 2, 3, 4, 5))
+    call = [*flags, str(tmp_path / "budgets"), "--budgets", "400", "--methods", "tsd", "--seeds", "0", "1", "--size",
+            "8"]
+    monkeypatch.setattr(budgets, "BATCH", 22)                 # so that tsd gets an update for each depth
+    budgets.main(call)
+    found = json.loads((tmp_path / "budgets.json").read_text())
+    assert {(r["lr"], r["seed"]) for r in found} == {(1e-2, 0), (1e-3, 0), *((r["lr"], 1) for r in found if r["seed"])}
+    monkeypatch.setattr("distill.fine_tune", None)            # a run would now be an error
+    budgets.main(call)
+    assert "undistilled" in capsys.readouterr().out
