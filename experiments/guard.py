@@ -31,7 +31,7 @@ RUNS = {                                                      # method, rate, up
         ("dsdn", ["3e-6", "1e-5", "1e-4"]), ("dsdi", ["3e-6", "1e-5", "3e-5"]), ("dsdgl", ["3e-6"]),
         ("dsdgexp", ["3e-6"]), ("tsd", ["3e-5", "1e-4"]), ("pd", ["1e-4"])) for lr in rates},
     **{f"dsdgl {lr}, D = .98": ("dsdgl", float(lr), 128, ["--target-ema", "0.98"]) for lr in ("3e-5", "7e-5")},
-    "shortcut 5e-4": ("shortcut", 5e-4, 300, []),
+    "shortcut 5e-4": ("shortcut", 5e-4, 600, []),
 }
 
 def blur(x):
