@@ -203,15 +203,15 @@ def test_a_run_without_data_reads_none_when_resumed(ckpt, tmp_path, monkeypatch)
     """The model was trained on images of its user's, and shortcut learns from its own samples."""
     class Killed(BaseException):
         pass
-    def killed(trainer):
+    def killed(guard, trainer):
         raise Killed
     flags = ["--ckpt", str(ckpt), "--schedule", "shortcut", "--steps", "4", "--pool", "4", "--updates", "4", "--batch",
              "4", "--save-every", "2", *CPU]
     distill.main([*flags, "--out", str(tmp_path / "whole")])
-    monkeypatch.setattr(distill, "compare_picture", killed)
+    monkeypatch.setattr(hooks.Guard, "picture", killed)
     with pytest.raises(Killed):
         distill.main([*flags, "--sample-every", "2", "--out", str(tmp_path / "cut")])
-    monkeypatch.setattr(distill, "compare_picture", lambda trainer: None)
+    monkeypatch.setattr(hooks.Guard, "picture", lambda guard, trainer: None)
     monkeypatch.setattr(distill, "load_data", lambda *args: pytest.fail("it reads data"))
     distill.main(["--resume", "--out", str(tmp_path / "cut")])
     whole, cut = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
@@ -324,16 +324,16 @@ def test_a_zip_with_backslashes_has_labels(tmp_path):
 def test_a_run_killed_at_its_last_picture_makes_it_when_resumed(ckpt, tmp_path, monkeypatch, capsys):
     class Killed(BaseException):
         pass
-    def killed(trainer):
+    def killed(guard, trainer):
         yield dict(rFID=1.0)
         raise Killed
-    out = tmp_path / "d"
-    monkeypatch.setattr(distill, "compare_picture", killed)
+    out, picture = tmp_path / "d", hooks.Guard.picture
+    monkeypatch.setattr(hooks.Guard, "picture", killed)
     with pytest.raises(Killed):
         distill.main(["--ckpt", str(ckpt), "--steps", "4", "--updates", "4", "--log-every", "2", "--out", str(out),
                       *CPU])
     assert load_checkpoint(out / "ckpt.pt")["step"] == 4 and not list(out.glob("samples*"))
-    monkeypatch.setattr(distill, "compare_picture", hooks.compare_picture)
+    monkeypatch.setattr(hooks.Guard, "picture", picture)
     distill.main(["--resume", "--out", str(out)])
     assert "done: " in capsys.readouterr().out
     assert [f.name for f in out.glob("samples*")] == ["samples-000004.png"]
