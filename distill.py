@@ -295,6 +295,8 @@ def main(argv=None):
     print(f"{args.schedule}: {param_count(net) / 1e6:.2f} M parameters, {args.updates:,} updates of {args.batch} on "
           f"{describe_device(device)} in {args.dtype}, from {args.steps} steps, lr {args.lr:g} to {final_rate(args):g}")
     if state:
+        if "reference" not in state:
+            sys.exit(f"error: {trainer.ckpt} is of an older version: it can be sampled and distilled, but not resumed")
         model_info |= {k: state[k] for k in ("before", "reference", "best") if k in state}
     else:
         model_info["before"] = before = broadcast(draw_shown(trainer))
