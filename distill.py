@@ -10,7 +10,8 @@
     python distill.py --resume --out out/dsdi                  # go on where a run stopped, in mid-trajectory
 
 A run leaves OUT/ckpt.pt (for sample.py, fid.py, and as --ckpt for another run), OUT/log.jsonl and
-OUT/samples-NNNNNN.png: the model before and after, at 2, 4, 8 and 64 steps, from the same noise.
+OUT/samples-NNNNNN.png: the model before and after, at 1, 2, 4, 8 and 64 steps, from the same noise. OUT/best.pt is the
+model of the update with the best fidelity, see hooks.py.
 """
 
 import argparse
@@ -285,6 +286,8 @@ def main(argv=None):
     trainer = Trainer(args, net.requires_grad_(True), device, model_info, hooks, ema_warmup=False)
     if state:
         trainer.load(state)
+        if "reference" not in state:
+            sys.exit(f"error: {trainer.ckpt} is of an older version: it can be sampled and distilled, but not resumed")
     steps, stream = plan(args.schedule, args.steps, args.updates), None
     if reads:
         images.channels = 3 if args.ldm else source["shape"][0]
@@ -295,8 +298,6 @@ def main(argv=None):
     print(f"{args.schedule}: {param_count(net) / 1e6:.2f} M parameters, {args.updates:,} updates of {args.batch} on "
           f"{describe_device(device)} in {args.dtype}, from {args.steps} steps, lr {args.lr:g} to {final_rate(args):g}")
     if state:
-        if "reference" not in state:
-            sys.exit(f"error: {trainer.ckpt} is of an older version: it can be sampled and distilled, but not resumed")
         model_info |= {k: state[k] for k in ("before", "reference", "best") if k in state}
     else:
         model_info["before"] = before = broadcast(draw_shown(trainer))

@@ -53,7 +53,7 @@ from runtime import (
     sum_over_ranks,
     warn_if_busy,
 )
-from sample import Sampler, load_sampler
+from sample import Sampler, load_sampler, spread_classes
 
 VERSION = 2     # of all scores: a change to how they are computed, or stored, must raise it
 NOISES, MANY = 20, 64       # of fidelity: how many samples, and the steps of those that it compares with
@@ -420,10 +420,10 @@ def fidelity_scorer(sampler, state):
 
     The reference is the model that it was distilled from, as its checkpoint has it, or else the model itself, in
     MANY steps. Classes are spread over all, and guidance is that of the sampler."""
-    count, r = state["config"]["classes"], state.get("reference")
+    r = state.get("reference")
     n = NOISES if r is None else len(r)
     own = Sampler(sampler.xhat.net, state, sampler.device, sampler.dtype,
-                  list(range(0, count, max(1, count // n))) or None, sampler.w)
+                  spread_classes(state["config"]["classes"], n), sampler.w)
     draw = cache(lambda steps: own.draw(range(n), steps).float().cpu())
     def score(steps):
         value, error = fidelity(draw(steps), draw(MANY) if r is None else r)

@@ -13,7 +13,7 @@ from data import save_grid
 from fid import MANY, NOISES, compare, fidelity, packed_statistics, sampled_statistics
 from inception import load_features
 from runtime import broadcast, log_stderr, progress, rank
-from sample import Sampler
+from sample import Sampler, spread_classes
 
 SHOWN = 1, 2, 4, 8, MANY   # step counts of the pictures, and of the scores except for the last
 COLUMNS = 10               # of the pictures: so many of the NOISES
@@ -23,20 +23,20 @@ LOOKS = 12                 # in the course of a run
 def sampler_of(trainer, count=None, w=1.0):
     """A Sampler of the averaged weights. It draws the classes in turn: all of them, or `count` spread over all."""
     classes = trainer.net.config.classes
-    y = list(range(0, classes, max(1, classes // count) if count else 1)) or None
+    y = spread_classes(classes, count or max(1, classes))
     return Sampler(trainer.ema, trainer.model_info, trainer.device, trainer.args.dtype, y, w if y else 1.0)
 
-def draw_shown(trainer, steps=None, n=NOISES, bar=True):
-    """n samples at each of `steps` (SHOWN), from the same noise in every run, not decoded: (rows, n, C, H, W) float32
-    on the CPU of rank 0. None on the other ranks. Guided by the middle of --guidance, unless guidance is built in."""
+def draw_shown(trainer, steps=None, bar=True):
+    """Samples at each of `steps` (SHOWN), from the same noises in every run, not decoded: (rows, NOISES, C, H, W),
+    float32 on the CPU of rank 0. None on the other ranks. Guided by the middle of --guidance, unless guidance is built in."""
     if rank():
         return None
     steps = steps or SHOWN
     built_in = trainer.model_info.get("guidance", 1) != 1
-    sampler, rows = sampler_of(trainer, n, 1.0 if built_in else sum(trainer.args.guidance) / 2), []
+    sampler, rows = sampler_of(trainer, NOISES, 1.0 if built_in else sum(trainer.args.guidance) / 2), []
     with progress(total=sum(steps), desc="sampling", unit="step", leave=False, quiet=not bar) as shown:
         for s in steps:
-            rows.append(sampler.draw(range(n), s).float().cpu().contiguous())
+            rows.append(sampler.draw(range(NOISES), s).float().cpu().contiguous())
             shown.update(s)
     return torch.stack(rows)
 

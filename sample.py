@@ -20,6 +20,7 @@ import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 
@@ -35,6 +36,10 @@ from ldm import autoencoder_of, image_size, ldm_flag, load_model, model_hash
 from runtime import autocast, broadcast, launch, map_over_ranks, memory_format, pick_device, pick_dtype, progress, rank
 
 # ---- one batch, one grid --------------------------------------------------------------------------------
+def spread_classes(count, n):
+    """At most about n of `count` classes, spread over all; None for a model without classes."""
+    return list(range(0, count, max(1, count // n))) or None
+
 class Sampler:
     """A checkpoint's model made ready to draw images by their number.
 
@@ -44,9 +49,14 @@ class Sampler:
     def __init__(self, net, state, device="cpu", dtype="fp32", classes=None, w=1.0, seed=0):
         self.xhat, self.shape, self.names = Denoiser.of(net, state), state["shape"], state.get("classes")
         self.device, self.dtype, self.classes, self.w, self.seed = torch.device(device), dtype, classes, w, seed
-        self.autoencoder = autoencoder_of(state, device) if "ldm" in state else None
+        self.state = state
         self.image_shape = [3, image_size(state), image_size(state)]     # greyscale is saved as RGB
         self.decode_batch = 8 if self.device.type == "cuda" else 1            # a 256x256 image needs 0.2 GB for it
+
+    @cached_property
+    def autoencoder(self):
+        """What decodes an LDM's latents, loaded by the first who needs it: few-step looks do not. None for pixels."""
+        return autoencoder_of(self.state, self.device) if "ldm" in self.state else None
 
     def labels(self, indices):
         """The classes (B,) of images number `indices`, on the device, or None."""

@@ -135,9 +135,9 @@ def parse_args(argv=None):
     g = p.add_argument_group("rarely changed")
     g.add_argument("--sample-steps", type=at_least(1), metavar="S", help="DDIM steps of the pictures")
     run_flags(g)
-    shares = dict(lr_share=0.01)                              # jumps want a falling rate, at every step count
-    args, changed = parse_with_saved(p, argv, lambda given: dict(out="out/train") | PRESETS[given.preset] | (
-        shares if given.shortcut else {}))
+    def defaults(given):                                      # jumps want a falling rate, at every step count
+        return dict(out="out/train") | PRESETS[given.preset] | (dict(lr_share=0.01) if given.shortcut else {})
+    args, changed = parse_with_saved(p, argv, defaults)
     if "preset" in changed:
         p.error("--resume goes on with the settings of its own --preset")
     if changed - {"updates"}:

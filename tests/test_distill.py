@@ -392,6 +392,14 @@ def test_the_model_of_the_best_fidelity_is_kept(ckpt, tmp_path, capsys):
     again = fidelity(x, best["reference"])[0]
     assert abs(again - [e for e in log_of(tmp_path / "out") if e["step"] == best["step"]][0]["fidelity_8"]) < 1e-3
 
+def test_a_run_of_an_older_version_is_refused_before_anything_is_touched(ckpt, tmp_path):
+    distill.main(flags(ckpt, tmp_path / "out"))
+    state, log = load_checkpoint(tmp_path / "out" / "ckpt.pt"), (tmp_path / "out" / "log.jsonl").read_bytes()
+    save_checkpoint(tmp_path / "out" / "ckpt.pt", {k: v for k, v in state.items() if k != "reference"} | dict(step=5))
+    with pytest.raises(SystemExit, match="of an older version.*not resumed"):
+        distill.main(["--resume", "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "log.jsonl").read_bytes() == log
+
 def test_a_chain_is_compared_with_its_first_model(ckpt, tmp_path):
     """The reference is handed on: what the middle model spoiled counts as spoiled."""
     distill.main([*flags(ckpt, tmp_path / "a", lr=1e-2), "--no-guard"])
