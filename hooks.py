@@ -28,7 +28,7 @@ def sampler_of(trainer, count=None, w=1.0):
 
 def draw_shown(trainer, steps=None, bar=True):
     """Samples at each of `steps` (SHOWN), from the same noises in every run, not decoded: (rows, NOISES, C, H, W),
-    float32 on the CPU of rank 0. None on the other ranks. Guided by the middle of --guidance, unless guidance is built in."""
+    float32 on the CPU of rank 0. None on the others. Guided by the middle of --guidance, unless that is built in."""
     if rank():
         return None
     steps = steps or SHOWN

@@ -8,11 +8,13 @@ setting first shows what an update costs, then makes as many as --updates of the
 
 import argparse
 import time
+from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
-from common import ROOT, heading
+from common import ROOT, heading, row, write
 
 import train
 from checkpoint import load_model
@@ -40,13 +42,8 @@ def cost(flags, out):
         ends.append(time.process_time())
         if len(ends) == 17:
             raise Enough
-    Trainer.update = timed
-    try:
+    with suppress(Enough), mock.patch.object(Trainer, "update", timed):
         train.main([*flags, "--updates", "100", "--out", str(out), "--overwrite"])
-    except Enough:
-        pass
-    finally:
-        Trainer.update = update
     return float(np.median(np.diff(ends[4:])))
 
 @torch.no_grad()
@@ -78,14 +75,12 @@ def main(argv=None):
             here = out / f"{name.replace(' ', '-')}-{seed}"
             train.main([*flags, "--updates", str(updates), "--seed", str(seed), "--out", str(here), "--overwrite"])
             losses.append(loss_on_unseen(load_model(here / "ckpt.pt")[0]))
-        rows.append(f"| {name} | `{' '.join(SETTINGS[name])}` | {updates} | {sum(losses) / len(losses):.4f} |")
-        text = "\n".join([
+        rows.append(row(name, [f"`{' '.join(SETTINGS[name])}`", f"{updates}", f"{sum(losses) / len(losses):.4f}"]))
+        write(Path(args.docs, "base.md"), "\n".join([
             f"The toy at the CPU time of {args.updates} updates of `python train.py --distill 0.15`, seeds "
             f"{', '.join(map(str, args.seeds))} (`python experiments/base.py`).",
             "Loss of v̂ on 1,000 unseen pictures.", "",
-            heading("setting", "flags", "updates", "loss"), *rows]) + "\n"
-        Path(args.docs, "base.md").write_text(text)
-    print(text)
+            heading("setting", "flags", "updates", "loss"), *rows]))
 
 if __name__ == "__main__":
     main()

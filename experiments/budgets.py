@@ -12,7 +12,7 @@ import json
 import math
 from pathlib import Path
 
-from common import ROOT, STEPS, QuickScore, heading, pairs, row, seconds, to_the_end
+from common import ROOT, STEPS, QuickScore, heading, pairs, row, seconds, to_the_end, write
 
 import distill
 
@@ -86,10 +86,9 @@ def main(argv=None):
                 "Fine-tuning at equal cost (`python experiments/budgets.py`): quick score of 512 samples in N steps,",
                 f"and contrast (of the data: {score.contrast:.3f}). Bold: the best rate of a method, chosen by seed "
                 f"{args.seeds[0]};", "mean and half the range over seeds. Seconds of updates.", "",
-                heading("method, rate", *STEPS, "budget", "seeds", "seconds"), *lines]) + "\n"
-            Path(args.docs, "budgets.md").write_text(text)
+                heading("method, rate", *STEPS, "budget", "seeds", "seconds"), *lines])
+            write(Path(args.docs, "budgets.md"), text)
             Path(args.docs, "budgets.json").write_text(json.dumps(found, indent=1))
-    print(text)
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,7 @@ claims.json has is not made again, so that several sittings and machines may eac
 """
 
 import matplotlib.pyplot as plt
-from common import VERDICTS, Experiment, evaluations, heading, pairs, row, verdict
+from common import Experiment, claims_table, evaluations, heading, pairs, row
 from table2 import BASE
 
 import distill
@@ -73,11 +73,9 @@ def page(table):
              f"noise was another. Evaluations: thousands of images, a backward pass counts as two.", "",
              heading("run", "rate", "seeds", "evaluations", *STEPS)]
     lines += [row(name, [*about(name), *pairs([run["scores"] for run in runs])]) for name, runs in found.items()]
-    def side(name, i):                                        # the undistilled model is one, and stands for all seeds
-        return [run["scores"][i][0] for run in found.get(name, [])] * (2 if name == "undistilled" else 1)
-    lines += ["", f"**Claims**. {VERDICTS}", "", heading("claim", *STEPS)]
-    return "\n".join([*lines, *(row(claim, [verdict(side(low, i), side(high, i)) for i in range(len(STEPS))])
-                                for claim, (low, high) in CLAIMS.items())])
+    def values(name, steps):
+        return [run["scores"][STEPS.index(steps)][0] for run in found.get(name, [])]
+    return "\n".join([*lines, *claims_table(CLAIMS, STEPS, values)])
 
 def draw(found, path):
     """Scores against the number of updates, a line for each method and seed in its colour."""

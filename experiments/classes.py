@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from common import VERDICTS, Experiment, drawn, heading, pairs, row, verdict
+from common import Experiment, claims_table, drawn, heading, pairs, row
 from torch import nn
 
 import train
@@ -111,12 +111,10 @@ def page(table):
     for name, runs in found.items():
         lines += [row(name, [f"{BAKED.get(name, float(w)):g}", f"{runs[0].get('lr', '')}", f"{len(runs)}",
                              *pairs([run["scores"][w] for run in runs])]) for w in (runs[0]["scores"] if runs else ())]
-    def wrong(name, i):                                       # the undistilled model is one, and stands for all seeds
-        return [100 - run["scores"]["1"][i][0] for run in found.get(name, [])] * (2 if name == "undistilled" else 1)
-    lines += ["", f"**Claims**, by the share that the classifier takes for another class. {VERDICTS}", "",
-              heading("claim", *STEPS)]
-    return "\n".join([*lines, *(row(claim, [verdict(wrong(low, i), wrong(high, i)) for i in range(len(STEPS))])
-                                for claim, (low, high) in CLAIMS.items())])
+    def wrong(name, steps):
+        return [100 - run["scores"]["1"][STEPS.index(steps)][0] for run in found.get(name, [])]
+    return "\n".join([*lines, *claims_table(CLAIMS, STEPS, wrong,
+                                            ", by the share that the classifier takes for another class")])
 
 def main(argv=None):
     args = Experiment.flags("classes", __doc__, samples=1000).parse_args(argv)

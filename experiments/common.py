@@ -342,6 +342,17 @@ def verdict(low, high):
         return "–"
     return "holds" if max(low) < min(high) else "does not" if min(low) > max(high) else "undecided"
 
+def claims_table(claims, columns, values, by=""):
+    """Lines of Markdown: a verdict on each claim in each column.
+
+    claims  {claim: (a row, and another, of which the first should have the lower values)}
+    values  (row, column) -> what its seeds have;  by  what the values are, in words"""
+    def side(name, column):                                   # the undistilled model is one, and stands for all seeds
+        return values(name, column) * (2 if name == "undistilled" else 1)
+    return ["", f"**Claims**{by}. {VERDICTS}", "", heading("claim", *columns),
+            *(row(claim, [verdict(side(low, c), side(high, c)) for c in columns])
+              for claim, (low, high) in claims.items())]
+
 VERDICTS = ("A claim holds where every seed has the lower score, does not where none has, and is undecided where they "
             "overlap: there more seeds would decide (`--seeds`). Of two equal methods three seeds each are parted by "
             "chance one time in ten. –: fewer than two seeds.")

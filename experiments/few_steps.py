@@ -13,7 +13,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from common import ROOT, STEPS, QuickScore, heading, pairs, row, seconds, to_the_end
+from common import ROOT, STEPS, QuickScore, heading, pairs, row, seconds, to_the_end, write
 
 import distill
 import sample
@@ -67,12 +67,11 @@ def main(argv=None):
         f"{'Faces at 32x32, small32' if args.data else 'Built-in pictures at 16x16, toy model'}, batch 32, seeds "
         f"{', '.join(map(str, args.seeds))} (`python experiments/few_steps.py`).", "Quick score of 512 samples in N "
         f"steps, mean and half the range of the seeds, and contrast (of the data: {score.contrast:.3f}).", "",
-        heading("", *STEPS, "evaluations", "seconds"), *lines]) + "\n"
-    Path(args.docs, f"{name_of}.md").write_text(text)
+        heading("", *STEPS, "evaluations", "seconds"), *lines])
+    write(Path(args.docs, f"{name_of}.md"), text)
     Path(args.docs, f"{name_of}.json").write_text(json.dumps(found, indent=1))
     sample.main(["--ckpt", *(str(place(name, args.seeds[0]) / "ckpt.pt") for name in args.runs), "--steps", "1", "2",
                  "4", "64", "--out", str(Path(args.docs, f"{name_of}.png"))])
-    print(text)
 
 if __name__ == "__main__":
     main()

@@ -6,8 +6,8 @@
 
 Each run goes to its end without the guard. "By eye" is what was said of its pictures at 2, 4 and 8 steps: good, poor
 (better left undistilled) or lost; experiments/eye.json has it. In the laboratory the distance to the exact distribution
-says it instead. Beside it stand two measures that were tried in place of
-the mean squared distance, on the last model: the same after a small blur, and structural similarity (SSIM).
+says it instead. Beside it stand two measures that were tried in place of the mean squared distance, on the last model:
+the same after a small blur, and structural similarity (SSIM).
 """
 
 import argparse
@@ -17,12 +17,13 @@ from pathlib import Path
 
 import lab
 import torch
-from common import ROOT, heading, to_the_end
+from common import ROOT, heading, row, to_the_end, write
 from torch.nn.functional import conv2d
 
 import distill
 from checkpoint import load_model
 from fid import MANY, NOISES, fidelity
+from rundir import read_log
 from sample import Sampler
 
 VERDICTS = "good", "poor", "lost", "?"
@@ -65,15 +66,13 @@ def laboratory(docs):
                      *(f"{fidelity(x, r)[0]:.2f}" for x in few.values()),
                      f"{max((x.std() / r.std()).item() for x in few.values()):.2f}",
                      *(f"{now[n]:.3f}" for n in (2, 4, 8))])
-    rows.sort(key=lambda row: (VERDICTS.index(row[0]), -float(row[4])))
+    rows.sort(key=lambda cells: (VERDICTS.index(cells[0]), -float(cells[4])))
     before = ", ".join(f"{was[n]:.3f}" for n in (2, 4, 8))
-    text = "\n".join([
+    write(Path(docs, "guard-lab.md"), "\n".join([
         "The laboratory, 600 updates of 256, one seed (`python experiments/guard.py --lab`). Distances as in lab.md,",
         f"of the undistilled at 2, 4, 8 steps {before}.", "",
         heading("by distance", "run", "fidelity 2", "4", "8", "highest contrast", "distance 2", "4", "8"),
-        *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
-    Path(docs, "guard-lab.md").write_text(text)
-    print(text)
+        *(row(name, cells) for name, *cells in rows)]))
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,8 +94,7 @@ def main(argv=None):
         reads = ["--data", args.data] if args.data and method == "pd" else []
         to_the_end(distill.main, out, ["--schedule", method, "--lr", str(lr), "--updates", str(updates), "--no-guard",
                                        "--ckpt", args.ckpt, *flags, *reads])
-        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        looks = [e for e in log if "fidelity_2" in e]
+        looks = [e for e in read_log(out) if "fidelity_2" in e]
         net, state = load_model(out / "ckpt.pt")
         sampler, r = Sampler(net, state, "cpu", state["args"]["dtype"]), state["reference"]
         few = [sampler(range(NOISES), n).float().clamp(-1, 1) for n in (2, 4, 8)]
@@ -107,14 +105,13 @@ def main(argv=None):
                      f"{state['best']['step']} of {updates}",
                      " ".join(f"{fidelity(blur(x), blur(r))[0]:.2f}" for x in few),
                      " ".join(f"{ssim(x, r.clamp(-1, 1)):.2f}" for x in few)])
-        rows.sort(key=lambda row: (VERDICTS.index(row[0]), -float(row[5])))
-        Path(args.docs, f"{name_of}.md").write_text("\n".join([
-            f"What runs do to fidelity and contrast, from one model, seed 0, {NOISES} noises "
-            f"(`python experiments/guard.py`).", "",
-            heading("by eye", "run", "fidelity 2", "4", "8", "lowest on the way", "highest contrast", "best update",
-                    "blurred 2 4 8", "SSIM 2 4 8"),
-            *("| " + " | ".join(row) + " |" for row in rows)]) + "\n")
-    print(Path(args.docs, f"{name_of}.md").read_text())
+    rows.sort(key=lambda cells: (VERDICTS.index(cells[0]), -float(cells[5])))
+    write(Path(args.docs, f"{name_of}.md"), "\n".join([
+        f"What runs do to fidelity and contrast, from one model, seed 0, {NOISES} noises "
+        f"(`python experiments/guard.py`).", "",
+        heading("by eye", "run", "fidelity 2", "4", "8", "lowest on the way", "highest contrast", "best update",
+                "blurred 2 4 8", "SSIM 2 4 8"),
+        *(row(name, cells) for name, *cells in rows)]))
 
 if __name__ == "__main__":
     main()

@@ -10,7 +10,7 @@ first. What table2.json has is not made again, so that several sittings and mach
 
 import json
 
-from common import STEPS, VERDICTS, Experiment, cell, evaluations, heading, row, verdict
+from common import STEPS, Experiment, cell, claims_table, evaluations, heading, row, verdict
 
 import distill
 import fid
@@ -89,11 +89,7 @@ def page(table):
         lines += ["", f"**{metric}** at N steps", "", heading("method", "rate", "seeds", "evaluations", *STEPS)]
         lines += [row(name, [*about(name, runs), *(cell(values(name, s, metric)) for s in STEPS)])
                   for name, runs in found.items()]
-    def side(name, steps):                                    # the undistilled model is one, and stands for all seeds
-        return values(name, steps, metrics[0]) * (2 if name == "undistilled" else 1)
-    lines += ["", f"**Claims**, by {metrics[0]}. {VERDICTS}", "", heading("claim", *STEPS)]
-    lines += [row(claim, [verdict(side(low, s), side(high, s)) for s in STEPS])
-              for claim, (low, high) in CLAIMS.items()]
+    lines += claims_table(CLAIMS, STEPS, lambda name, steps: values(name, steps, metrics[0]), f", by {metrics[0]}")
     sharp = [verdict([first["contrast"]] * 2, values(f"dsdgexp, {OWN}", s, "contrast")) for s in STEPS]
     return "\n".join([*lines, row("DSDGEXP over-sharpens: more contrast than the real images", sharp)])
 
