@@ -3,8 +3,8 @@
     python experiments/budgets.py --ckpt out/celeba32 --data celeba-10k.zip --crop 0.787    # 10^4 and 10^5: 3 hours
 
 An evaluation is one image through the network once, with a gradient or without; those of shortcut's own samples count.
-Each method has several rates, of one seed; the best of them, by the mean of the quick score at 1 to 8 steps, is then
-run with the other seeds. Runs that exist are not made again, and one that was stopped goes on. Writes docs/budgets.md.
+Each method has several rates, of one seed; the best of them, by the geometric mean of the quick score at 1 to 8 steps,
+is then run with the other seeds. Runs that exist are not made again, and one that was stopped goes on. Writes docs/budgets.md.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def main(argv=None):
     for budget in args.budgets:
         for method in args.methods:
             tried = [run(method, budget, lr, args.seeds[0], STEPS[:4]) for lr in RATES[budget][method]]
-            best = min(tried, key=lambda r: sum(s for s, _ in r["scores"]))
+            best = min(tried, key=lambda r: math.prod(s for s, _ in r["scores"]))
             same = [run(method, budget, best["lr"], seed) for seed in args.seeds]
             for r in tried:
                 if r is not best:
