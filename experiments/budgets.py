@@ -4,7 +4,7 @@
 
 An evaluation is one image through the network once, with a gradient or without; those of shortcut's own samples count.
 Each method has several rates, of one seed; the best of them, by the geometric mean of the quick score at 1 to 8 steps,
-is then run with the other seeds. Runs that exist are not made again, and one that was stopped goes on. Writes docs/budgets.md.
+is then run with the other seeds. What exists is not made again, what was stopped goes on. Writes docs/budgets.md.
 """
 
 import argparse

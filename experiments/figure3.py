@@ -1,24 +1,29 @@
-"""Figure 3: does self-distillation help while a model is trained? Scores against updates, at few steps and at many.
+"""Figure 3: does self-distillation help while a model is trained? Scores along the run, and at its end in all steps.
 
-    python experiments/figure3.py                             # built-in pictures; 2 hours on a thread
-    python experiments/figure3.py --data celeba-10k.zip       # faces at 32x32; 8 hours, for the same page
+    python experiments/figure3.py                                         # built-in pictures; 1 1/2 hours on a thread
+    python experiments/figure3.py --data celeba-10k.zip                   # faces at 32x32; 3 hours, for the same page
+    python experiments/figure3.py --seeds 1 --data celeba-10k.zip         # elsewhere: of one seed
 
-Trains plainly, with Equation 1, and told how far it jumps (docs/shortcut.md), at one rate that falls. Writes
-docs/figure3.md, .json and .png. What figure3.json has is not made again, and a run that was stopped goes on.
+Trains plainly, with Equation 1, and told how far it jumps (docs/shortcut.md), for the same time each, and fine-tunes
+the plain model. Writes docs/figure3.md, .json and .png, and pictures of samples. What figure3.json has is not made
+again, and a run that was stopped goes on.
 """
 
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 from common import (
     ROOT,
+    STEPS,
     Figures,
     QuickScore,
     file_name,
     heading,
     pairs,
     row,
+    seconds,
     seconds_per_evaluation,
     shared_flags,
     tell_hours,
@@ -26,87 +31,132 @@ from common import (
     write,
 )
 
+import distill
+import sample
 import train
+from checkpoint import load_checkpoint
 from hooks import sampler_of
 from rundir import read_log
 from runtime import pick_device
 
-SCORED = 4, 64                                                # steps
-SHARED = ["--lr-end", "1e-5", "--sample-every", "0"]
-SETS = {
-    "built-in": ["--updates", "2000", *SHARED],
-    "faces": ["--crop", "0.787", "--size", "32", "--model", "small32", "--batch", "64", "--updates", "3000", "--ema",
-              "0.999", *SHARED],
+SCORED, POINTS = (4, 64), 4                                   # steps, and how often along a run
+SETS = {                                                      # flags of training, and the updates that `share` is of
+    "built-in": ([], 2000),
+    "faces": (["--crop", "0.787", "--size", "32", "--model", "small32", "--ema", "0.998"], 3000),
 }
-KINDS = {"plain": ["--distill", "0"], "Equation 1": ["--distill", "0.15"],
-         "shortcut": ["--distill", "0.25", "--shortcut"]}
-POINTS = 10                                                   # of each curve
+# The share of updates with which the trainings take the same time. Evaluations for each image of a batch: one with a
+# gradient and, of Equation 1, one more; two for each row that jumps; one for each that is anchored.
+TRAIN = ["--lr-end", "1e-5", "--sample-every", "0"]
+KINDS = {
+    "plain": dict(share=1.2, evaluations=1, flags=["--distill", "0", *TRAIN]),
+    "Equation 1": dict(share=0.875, evaluations=2, flags=["--distill", "0.15", *TRAIN]),
+    "shortcut": dict(share=1, evaluations=1.5, flags=["--distill", "0.25", "--shortcut", *TRAIN]),
+}
+AFTER, TUNED = "plain, then shortcut", ["--schedule", "shortcut"]
+NAMES = [*KINDS, AFTER]
 
 @contextmanager
 def scored_along(every, score):
-    """Within it, training also calls score(trainer) every so many updates, and logs the dict that it returns."""
+    """Within it, training also calls score(trainer) every so many updates, and logs the dicts that it returns."""
     original = train.Trainer
     def trainer(args, net, device, model_info, hooks=()):
-        return original(args, net, device, model_info, [*hooks, (every, lambda it: [score(it)])])
+        return original(args, net, device, model_info, [*hooks, (every, score)])
     train.Trainer = trainer
     try:
         yield
     finally:
         train.Trainer = original
 
-def curve(args, flags, kind, seed, quick):
-    """[[update, [[score, contrast] at each of SCORED]], …] of a run, which is made, or goes on."""
-    updates = train.parse_args(flags).updates
-    every, out = max(1, updates // POINTS), ROOT / args.runs / file_name(f"{updates}-{kind}-{seed}")
-    with scored_along(every, lambda it: dict(quick=[quick(sampler_of(it), steps) for steps in SCORED])):
-        to_the_end(train.main, out, [*flags, *KINDS[kind], "--seed", str(seed), "--save-every", str(every), "--device",
-                                     args.device])
-    return [[entry["step"], entry["quick"]] for entry in read_log(out) if "quick" in entry]
+def place(args, images, name, seed):
+    """The folder of a run."""
+    return ROOT / args.runs / file_name(f"{images}-{name}-{seed}")
+
+def flags_of(args, images, name):
+    """Flags of train.py for one of KINDS, with --updates."""
+    flags, updates = SETS[images]
+    reads = ["--data", args.data] if args.data else []
+    return [*flags, *reads, *KINDS[name]["flags"], "--updates", str(round(updates * KINDS[name]["share"]))]
+
+def made(args, images, name, seed, quick):
+    """A run, made or gone on with: {curve: [[update, [[score, contrast] at each of SCORED]], …], last: the same pairs
+    at each of STEPS, seconds, evaluations}."""
+    out, plain = place(args, images, name, seed), place(args, images, "plain", seed)
+    more = ["--seed", str(seed), "--device", args.device]
+    if name == AFTER:
+        to_the_end(distill.main, out, [*TUNED, "--ckpt", str(plain / "ckpt.pt"), *more])
+        given = distill.parse_args(TUNED)
+        count = given.updates * given.batch * (2 + given.share) + given.pool * given.steps
+    else:
+        flags = [*flags_of(args, images, name), *more]
+        given = train.parse_args(flags)
+        every, count = max(1, given.updates // POINTS), given.updates * given.batch * KINDS[name]["evaluations"]
+        def score(trainer):                                   # the last point is that of `last`
+            last = trainer.step + every > given.updates
+            return [] if last else [dict(quick=[quick(sampler_of(trainer), steps) for steps in SCORED])]
+        with scored_along(every, score):
+            to_the_end(train.main, out, [*flags, "--save-every", str(every)])
+    last = quick.of_file(out / "ckpt.pt", STEPS)
+    curve = [[e["step"], e["quick"]] for e in read_log(out) if "quick" in e]
+    curve.append([load_checkpoint(out / "ckpt.pt")["step"], [last[STEPS.index(n)] for n in SCORED]])
+    return dict(curve=curve, last=last, seconds=round(seconds(out, given.batch)), evaluations=count)
 
 def make(args, figures):
-    """All curves that are missing, of one data set."""
-    images, data = ("faces", ["--data", args.data]) if args.data else ("built-in", [])
-    flags, quick = [*SETS[images], *data], None
-    missing = [(kind, seed) for seed in args.seeds for kind in KINDS
-               if f"{images}, {kind}, seed {seed}" not in figures.values]
+    """All runs that are missing, of one data set, and a picture of their samples."""
+    images = "faces" if args.data else "built-in"
+    missing = [(name, seed) for seed in args.seeds for name in NAMES
+               if f"{images}, {name}, seed {seed}" not in figures.values]
     if missing:
-        given, device = train.parse_args(flags), pick_device(args.device)
-        count = 4 * given.updates * given.batch + POINTS * args.n * sum(SCORED)
+        given, device = train.parse_args(flags_of(args, images, "plain")), pick_device(args.device)
+        count = 3 * given.updates * given.batch + args.n * (POINTS * sum(SCORED) + sum(STEPS))
         tell_hours(len(missing), len(missing) * count * seconds_per_evaluation(given, device))
         quick = QuickScore(args.data, given.size, given.crop, args.n)
-    for kind, seed in missing:
-        figures.made(f"{images}, {kind}, seed {seed}",
-                     lambda kind=kind, seed=seed: curve(args, flags, kind, seed, quick))
+    for name, seed in missing:
+        figures.made(f"{images}, {name}, seed {seed}",
+                     lambda name=name, seed=seed: made(args, images, name, seed, quick))
+    runs = [str(place(args, images, name, args.seeds[0]) / "ckpt.pt") for name in NAMES]
+    if all(map(Path.exists, map(Path, runs))):
+        sample.main(["--ckpt", *runs, "--steps", "1", "2", "4", "64", "--device", args.device,
+                     "--out", str(args.out / f"figure3-{images}.png")])
 
 def page(args, figures):
-    """The table in Markdown, of the last scores, and the picture."""
-    found = {(images, kind): runs for images in SETS for kind in KINDS
-             if (runs := figures.of_seeds(f"{images}, {kind}"))}
+    """The tables in Markdown, of the last scores, and the picture."""
+    found = {(images, name): runs for images in SETS for name in NAMES
+             if (runs := figures.of_seeds(f"{images}, {name}"))}
     if not found:
         sys.exit(f"error: {figures.path} has no figures yet")
-    sets = [images for images in SETS if any(name == images for name, _ in found)]
+    sets = [images for images in SETS if any(other == images for other, _ in found)]
+    draw(found, sets, args.out / "figure3.png")
+    lines = [f"`python experiments/figure3.py`: {figures}. Quick score at N steps: mean of seeds of training ± half "
+             f"their range, and contrast. The trainings take the same time. Evaluations: images through the network, "
+             f"with a gradient or without. Seconds: of the updates alone.", "",
+             "![scores against updates](figure3.png)"]
+    for images in sets:
+        lines += ["", f"**{images}**", "", heading("", "seeds", *STEPS, "evaluations", "seconds")]
+        lines += [row(name, [f"{len(runs)}", *pairs([run["last"] for run in runs])], f"{runs[0]['evaluations']:,.0f}",
+                      f"{sum(run['seconds'] for run in runs) / len(runs):.0f}")
+                  for (other, name), runs in found.items() if other == images]
+    return "\n".join(lines)
+
+def draw(found, sets, path):
+    """Scores against updates, a line for each seed in its training's colour."""
     figure, axes = plt.subplots(len(sets), len(SCORED), figsize=(5 * len(SCORED), 3.5 * len(sets)), squeeze=False)
-    for (images, kind), runs in found.items():
+    for (images, name), runs in found.items():
+        if name == AFTER:
+            continue
         for i, axis in enumerate(axes[sets.index(images)]):
             for run in runs:
-                axis.plot([step for step, _ in run], [scores[i][0] for _, scores in run], alpha=0.7,
-                          color=f"C{[*KINDS].index(kind)}", label=kind if run is runs[0] else None)
+                axis.plot([step for step, _ in run["curve"]], [scores[i][0] for _, scores in run["curve"]], ".-",
+                          alpha=0.7, color=f"C{NAMES.index(name)}", label=name if run is runs[0] else None)
             axis.set(yscale="log", xlabel="updates", title=f"{images}: quick score at {SCORED[i]} steps")
     axes[0][-1].legend()
-    figure.savefig(args.out / "figure3.png", dpi=100, bbox_inches="tight")
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)
-    lines = [f"`python experiments/figure3.py`: {figures}. Quick score at the end, at N steps: mean of seeds of "
-             f"training ± half their range, and contrast. Updates are equal, costs are not: an update with Equation 1 "
-             f"has one evaluation more than a plain one, with shortcut half of one.", "",
-             "![scores against updates](figure3.png)", "",
-             heading("images", "training", "seeds", *SCORED)]
-    return "\n".join([*lines, *(row(images, [kind, f"{len(runs)}", *pairs([run[-1][1] for run in runs])])
-                                for (images, kind), runs in found.items())])
 
 def main(argv=None):
     args = shared_flags("figure3", __doc__, samples=512).parse_args(argv)
     figures = Figures(args.out / "figure3.json", dict(samples=args.n), ROOT / args.runs)
-    make(args, figures)
+    if args.seeds:
+        make(args, figures)
     write(args.out / "figure3.md", page(args, figures))
 
 if __name__ == "__main__":

@@ -100,15 +100,17 @@ def test_claims(place, tmp_path, monkeypatch, capsys):
     assert cells(page, "PD with many more, 4,096, beats DSDI's 128") == ["–", "–"]
 
 def test_figure3(place, tmp_path, monkeypatch, capsys):
-    for name, value in (("SETS", dict.fromkeys(("built-in", "faces"), [*BASE, "--updates", "4"])), ("POINTS", 2)):
+    sets = dict.fromkeys(("built-in", "faces"), (BASE, 4))
+    tuned = ["--schedule", "shortcut", *P, "--pool", "2", "--updates", "2"]
+    for name, value in (("SETS", sets), ("POINTS", 2), ("TUNED", tuned), ("STEPS", (1, 2)), ("SCORED", (1, 2))):
         monkeypatch.setattr(figure3, name, value)
     figures, page = rehearse(figure3, place, tmp_path, monkeypatch, capsys)
-    for kind in figure3.KINDS:
-        curve = figures[f"faces, {kind}, seed 1"]
-        assert [step for step, _ in curve] == [2, 4] and len(curve[0][1]) == len(figure3.SCORED)
-    assert len({json.dumps(figures[f"faces, {kind}, seed 0"]) for kind in figure3.KINDS}) == 3
-    last = [figures[f"faces, plain, seed {seed}"][-1][1][0][0] for seed in (0, 1)]
-    assert cells(page, "faces | plain")[1].startswith(f"{sum(last) / 2:.3g} ± ")
+    for kind, last in (("plain", 5), ("Equation 1", 4), ("shortcut", 4)):
+        run = figures[f"faces, {kind}, seed 1"]
+        assert [step for step, _ in run["curve"]] == [2, last] and run["curve"][-1][1] == run["last"]
+    assert len({json.dumps(figures[f"faces, {name}, seed 0"]) for name in figure3.NAMES}) == 4
+    last = [figures[f"faces, plain, seed {seed}"]["last"][0][0] for seed in (0, 1)]
+    assert cells(page, "plain")[1].startswith(f"{sum(last) / 2:.3g} ± ") and (tmp_path / "figure3-faces.png").exists()
 
 @pytest.mark.parametrize("low,high,says", [
     ([1, 2], [3, 4], "holds"), ([3, 4], [1, 2], "does not"), ([1, 3], [2, 4], "undecided"), ([1], [2, 3], "–"),
