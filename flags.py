@@ -88,12 +88,14 @@ def parse_with_saved(p, argv, defaults):
     returns   (args, names of the settings that differ from the resumed run's)"""
     argv = sys.argv[1:] if argv is None else argv
     given = p.parse_args([flag for flag in argv if flag not in ("-h", "--help")])
-    p.set_defaults(**defaults(given))
-    out = Path(given.out or p.get_default("out"))
+    settings = defaults(given)
+    out = Path(given.out or settings["out"])
     if given.resume and (out / "log.jsonl").exists() and not (out / "ckpt.pt").exists():
         sys.exit(f"error: the run in {out} ended before its first checkpoint: start it again, without --resume")
     saved = load_checkpoint(out / "ckpt.pt")["args"] if given.resume else {}
-    p.set_defaults(**{k: v for k, v in saved.items() if k not in ("out", "resume", "overwrite")})
+    if saved:                                                 # a flag that is newer than the run: as if not given
+        settings = {k: v for k, v in saved.items() if k not in ("resume", "overwrite")} | dict(out=settings["out"])
+    p.set_defaults(**settings)
     args = p.parse_args(argv)
     for name in ("data", "cache", "weights"):                 # for --resume in another folder
         if getattr(args, name) not in (None, "random"):

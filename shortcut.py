@@ -105,7 +105,7 @@ def shortcut(trainer, stream, b, anchor=None, w=1.0, weight=1.0, start=0):
     for step in trainer.steps():                              # logs, saves, resumes, stops
         jump, kinds = late if step >= start else early
         x, y = next(stream)
-        t, eps = 1 - trainer.rand(), trainer.randn(*x.shape[1:])
+        t, eps = trainer.times(), trainer.randn(*x.shape[1:])
         y = trainer.drop_labels(y) if trainer.net.config.classes else None
         t, d = step_lengths(jump, t, trainer.randint(LEVELS))
         for (jumps, rest), part in zip(kinds, trainer.parts(x, eps, t, d, y), strict=True):

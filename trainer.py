@@ -43,6 +43,7 @@ from runtime import (
     warn_if_busy,
 )
 
+MIDDLE = 0.4, 0.8, 0.8    # of --times middle: mean and spread of the normal variable, and the share that is drawn so
 LABEL_DROPOUT = 0.1       # how often a label gives way to the null class
 
 class Trainer:
@@ -104,6 +105,16 @@ class Trainer:
     def rand(self):
         """U[0, 1) for each image (B,). All ranks draw the same, for the whole batch, and each keeps its own rows."""
         return self._draw(torch.rand, self.args.batch)
+
+    def times(self):
+        """t in (0, 1] for each image (B,): uniform as in the paper; by --times middle one in five is, and the others
+        are the sigmoid of a normal variable (logit-normal, Esser et al. 2024)."""
+        u = 1 - self.rand()
+        if self.args.times == "uniform":
+            return u
+        mean, spread, share = MIDDLE
+        own = torch.where(u <= share, u / share, (u - share) / (1 - share))      # U(0, 1] again, within each part
+        return torch.where(u <= share, torch.sigmoid(mean + spread * 2 ** 0.5 * torch.erfinv(2 * own - 1)), own)
 
     def randn(self, *shape):
         """N(0, I) for each image (B, *shape), as `rand`."""

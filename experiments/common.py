@@ -19,6 +19,7 @@ from torch import nn
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import distill
+import hooks
 import sample
 import train
 from checkpoint import file_hash, load_checkpoint, load_model, trained_on, whole_file
@@ -27,11 +28,12 @@ from fid import frechet_distance
 from flags import checkpoint
 from model import UNet
 from plans import METHODS
+from rundir import read_log
 from runtime import autocast, log_stderr, pick_device, pick_dtype, progress
 from sample import Sampler
 
 STEPS = 1, 2, 4, 8, 16, 64
-LOOK = 1 / 17             # seconds that a CPU of two cores needs for the features of an image (docs/scaling.md)
+LOOK = 1 / 25             # seconds that a thread of a CPU with AMX needs for Inception's features of an image, in bf16
 
 # ---- runs -----------------------------------------------------------------------------------------------
 def to_the_end(main, out, flags):
@@ -53,17 +55,18 @@ def unless_broken(make):
 def seconds(out, batch):
     """What the updates of a run took, from its log: without pictures, checkpoints and own samples."""
     total, before = 0.0, 0
-    for line in (out / "log.jsonl").read_text().splitlines():
-        entry = json.loads(line)
+    for entry in read_log(out):
         if "images_per_s" in entry:
             total, before = total + (entry["step"] - before) * batch / entry["images_per_s"], entry["step"]
     return total
 
 def evaluations(args):
-    """How many images a run of distill.py with these settings puts through networks; a backward pass counts as two."""
+    """How many images a run of distill.py with these settings puts through networks, with a gradient or without.
+
+    Of shortcut a row that jumps takes two more, another the anchor's one; its own samples count."""
     method = METHODS[args.schedule]
     extra = 1 + args.share if method.shortcut else 2 if method.teacher else 1
-    return args.updates * args.batch * (3 + extra) + (args.pool * args.steps if method.shortcut else 0)
+    return round(args.updates * args.batch * (1 + extra)) + (args.pool * args.steps if method.shortcut else 0)
 
 def seconds_per_evaluation(args, device):
     """What a network with these settings of train.py needs for an image, without a gradient."""
@@ -223,7 +226,7 @@ class Experiment:
         return [self.quick(sampler, s) for s in steps]
 
     def last_scores(self, ckpt, steps, seed=0):
-        """The same of a run that is then deleted, as a hundred of them would take gigabytes."""
+        """The same of a run that is then deleted."""
         scores = self.quick_scores(ckpt, steps, seed)
         shutil.rmtree(ckpt.parent)
         return scores
@@ -233,19 +236,26 @@ class Experiment:
         return self.figures.made(name, lambda: unless_broken(make))
 
     def rates(self):
-        """{method: its rate}: of the best geometric mean of quick scores at 2, 4 and 8 steps, by a run of CHOICE."""
-        def score(name, lr):
-            found = self.made(f"rate of {name}: {lr:g}", lambda: self.last_scores(
-                self.run(name, lr, self.CHOICE), (2, 4, 8), self.CHOICE))
-            return math.prod(value for value, _ in found) if found else math.inf
-        return {name: min(rates, key=partial(score, name)) for name, (_, rates) in self.methods.items()}
+        """{method: its rate}: of the best mean fidelity at 2, 4 and 8 steps, at the end of a run of seed CHOICE."""
+        def of_run(name, lr):
+            out = self.run(name, lr, self.CHOICE).parent
+            last = [entry for entry in read_log(out) if f"fidelity_{hooks.WATCHED[0]}" in entry][-1]
+            shutil.rmtree(out)                                # a hundred of them would take gigabytes
+            return sum(last[f"fidelity_{n}"] for n in hooks.WATCHED) / len(hooks.WATCHED)
+        def found(name, lr):
+            value = self.made(f"rate of {name}: {lr:g}", partial(of_run, name, lr))
+            return -math.inf if value is None else value
+        return {name: max(rates, key=partial(found, name)) for name, (_, rates) in self.methods.items()}
 
     def jobs(self, finals):
         """{figure: (evaluations, images that fid.py looks at)} of the choice of rates, and of others.
 
         finals  {figure: (methods of its run, evaluations of its scores, images)}"""
-        cost = {name: evaluations(distill.parse_args(flags)) for name, (flags, _) in self.methods.items()}
-        choice = {f"rate of {name}: {lr:g}": (cost[name] + 14 * self.args.n, 0)
+        looks, cost = 20 * (12 * 14 + 4 * 64), {}
+        for name, (flags, _) in self.methods.items():
+            args = distill.parse_args(flags)                  # a backward pass takes the time of two
+            cost[name] = evaluations(args) + 2 * args.updates * args.batch + looks
+        choice = {f"rate of {name}: {lr:g}": (cost[name], 0)
                   for name, (_, rates) in self.methods.items() for lr in rates}
         return choice | {name: (sum(cost[m] for m in run) + scores, images)
                          for name, (run, scores, images) in finals.items()}

@@ -19,6 +19,7 @@ from common import (
     STEPS,
     Figures,
     QuickScore,
+    evaluations,
     file_name,
     heading,
     pairs,
@@ -85,7 +86,7 @@ def made(args, images, name, seed, quick):
     if name == AFTER:
         to_the_end(distill.main, out, [*TUNED, "--ckpt", str(plain / "ckpt.pt"), *more])
         given = distill.parse_args(TUNED)
-        count = given.updates * given.batch * (2 + given.share) + given.pool * given.steps
+        count = evaluations(given)
     else:
         flags = [*flags_of(args, images, name), *more]
         given = train.parse_args(flags)

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import distill
 import sample
 import train
+import trainer
 from checkpoint import load_checkpoint, load_model
 from data import load_data
 from ddim import Cosine, Denoiser, ddim_sample, start_noise
@@ -123,6 +124,7 @@ def test_each_update_reads_the_batch_of_its_number(small_run, monkeypatch):
 def test_the_loss_gets_times_in_0_1_and_fresh_noise(small_run, monkeypatch):
     used, loss = [], train.training_loss
     monkeypatch.setattr(train, "training_loss", lambda *a: (used.append((a[2], a[3])), loss(*a))[1])
+    small_run += ["--times", "uniform"]
     train.main([*small_run, "--updates", "40", "--save-every", "100"])
     t, eps = (torch.cat(values) for values in zip(*used, strict=True))
     assert 0 < t.min() < 0.02 and 0.98 < t.max() <= 1 and abs(t.mean() - 0.5) < 0.05
@@ -131,6 +133,19 @@ def test_the_loss_gets_times_in_0_1_and_fresh_noise(small_run, monkeypatch):
         train.main([*small_run, "--updates", "1", "--overwrite"])
     assert (used[-1][0] == 1).all()                            # U(0, 1]: pure noise is learnt from, pure data is not
     assert abs(eps.mean()) < 0.02 and abs(eps.std() - 1) < 0.02 and len(eps.flatten(1).unique(dim=0)) == 320
+
+def test_most_times_are_from_the_middle(small_run, monkeypatch):
+    """By the quantiles of a normal variable: 0, 1 and -2 standard deviations; u = 1 stays pure noise."""
+    used, loss = [], train.training_loss
+    monkeypatch.setattr(train, "training_loss", lambda *a: (used.append(a[2]), loss(*a))[1])
+    u = torch.tensor([0.5, 0.841345, 0.02275, 1e-6, 1.001, 1.125, 1.2475, 1.25]) * 0.8
+    monkeypatch.setattr(train.Trainer, "rand", lambda self: 1 - u)
+    train.main([*small_run, "--updates", "1", "--times", "middle"])
+    mean, spread, share = trainer.MIDDLE
+    assert share == 0.8
+    assert_close(torch.logit(used[0][:3]), mean + spread * torch.tensor([0.0, 1, -2]), atol=2e-3, rtol=0)
+    assert_close(used[0][4:], torch.tensor([0.004, 0.5, 0.99, 1]))
+    assert 0 < used[0][3] < used[0][2]
 
 def test_compiled_training_learns_the_same(small_run, tmp_path, monkeypatch):
     """Through all of torch.compile but its last stage, the C++ compiler, which takes half a minute."""
