@@ -19,12 +19,13 @@ from torch import nn
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import distill
+import fid
 import hooks
+import inception
 import sample
 import train
 from checkpoint import file_hash, load_checkpoint, load_model, trained_on, whole_file
 from data import load_data, locked, to_tensor
-from fid import frechet_distance
 from flags import checkpoint
 from model import UNet
 from plans import METHODS
@@ -314,7 +315,7 @@ class QuickScore:
 
     def of_images(self, x):
         """The same of images (N, 3, H, W) in [-1, 1]."""
-        return frechet_distance(*self.statistics(x.split(250)), *self.real), x.std().item()
+        return fid.frechet_distance(*self.statistics(x.split(250)), *self.real), x.std().item()
 
     def of_file(self, ckpt, steps=STEPS):
         """[[score, contrast] for each of `steps`] of a checkpoint, kept beside it."""
@@ -327,6 +328,19 @@ class QuickScore:
         with whole_file(kept) as tmp:
             tmp.write_text(json.dumps(dict(stamp=stamp, scores=scores)))
         return scores
+
+# ---- scores of fid.py ----------------------------------------------------------------------------------
+def fid_scores(ckpt, steps, n, data=(), weights=inception.RANDOM, device="auto"):
+    """{steps: {score: value}} of a checkpoint by fid.py, and the contrast of the real images.
+
+    data  the flag --data, if any. Of random weights quickly: with bf16 features, against 2,000 images."""
+    quicker = ["--features", "bf16", "--real", "2000"] if weights == inception.RANDOM else []
+    fid.main(["--ckpt", str(ckpt), *data, "--steps", *map(str, steps), "-n", str(n), "--weights", weights, *quicker,
+              "--device", device, "--out", str(ckpt.parent / "fid")])
+    (results,) = json.loads((ckpt.parent / "fid" / "table.json").read_text()).values()
+    return {str(r["fake"]["steps"]): {name.replace(" (random features)", ""): round(value, 5)
+                                      for name, value in r["scores"].items()} for r in results}, \
+        results[0]["real"]["contrast"]
 
 # ---- tables ---------------------------------------------------------------------------------------------
 def cell(values):

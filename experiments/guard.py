@@ -1,6 +1,6 @@
 """Where the guard's band comes from: good and bad runs of every method, and what fidelity and contrast they reach.
 
-    python experiments/guard.py                                                      # toy: docs/guard.md; 25 minutes
+    python experiments/guard.py                                                      # toy: docs/guard.md; half an hour
     python experiments/guard.py --ckpt out/celeba32 --data celeba-10k.zip            # faces: docs/guard-faces.md
     python experiments/guard.py --lab                                                # docs/guard-lab.md; 4 minutes
 
@@ -17,16 +17,17 @@ from pathlib import Path
 
 import lab
 import torch
-from common import ROOT, heading, row, to_the_end, write
+from common import ROOT, fid_scores, heading, row, to_the_end, write
 from torch.nn.functional import conv2d
 
 import distill
 from checkpoint import load_model
 from fid import MANY, NOISES, fidelity
+from flags import checkpoint
 from rundir import read_log
 from sample import Sampler
 
-VERDICTS = "good", "poor", "lost", "?"
+VERDICTS, SAMPLES = ("good", "poor", "lost", "?"), 256        # for rFID
 RUNS = {                                                      # method, rate, updates, further flags
     **{f"{method} {lr}": (method, float(lr), 128, []) for method, rates in (
         ("dsdn", ["3e-6", "1e-5", "1e-4"]), ("dsdi", ["3e-6", "1e-5", "3e-5"]), ("dsdgl", ["3e-6"]),
@@ -86,12 +87,16 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.lab:
         return laboratory(args.docs)
-    name_of, rows = "guard-faces" if args.data else "guard", []
+    name_of, rows, data = "guard-faces" if args.data else "guard", [], ["--data", args.data] if args.data else []
     eye = json.loads(Path(args.eye).read_text()).get(name_of, {})
+    def rfid(ckpt):
+        scores, _ = fid_scores(Path(ckpt), (2, 4, 8), SAMPLES, data)
+        return " ".join(f"{value['rFID']:.3g}" for value in scores.values())
+    was = rfid(checkpoint(args.ckpt))
     for name in args.runs:
         method, lr, updates, flags = RUNS[name]
         out = Path(args.out) / name.replace(" ", "-").replace(",", "").replace("=-", "")
-        reads = ["--data", args.data] if args.data and method == "pd" else []
+        reads = data if method == "pd" else []
         to_the_end(distill.main, out, ["--schedule", method, "--lr", str(lr), "--updates", str(updates), "--no-guard",
                                        "--ckpt", args.ckpt, *flags, *reads])
         looks = [e for e in read_log(out) if "fidelity_2" in e]
@@ -103,14 +108,14 @@ def main(argv=None):
                      f"{min(e[f'fidelity_{n}'] for e in looks for n in (2, 4, 8)):.2f}",
                      f"{max(e[f'contrast_{n}'] for e in looks for n in (2, 4, 8)):.2f}",
                      f"{state['best']['step']} of {updates}",
-                     " ".join(f"{fidelity(blur(x), blur(r))[0]:.2f}" for x in few),
+                     rfid(out / "ckpt.pt"), " ".join(f"{fidelity(blur(x), blur(r))[0]:.2f}" for x in few),
                      " ".join(f"{ssim(x, r.clamp(-1, 1)):.2f}" for x in few)])
     rows.sort(key=lambda cells: (VERDICTS.index(cells[0]), -float(cells[5])))
     write(Path(args.docs, f"{name_of}.md"), "\n".join([
         f"What runs do to fidelity and contrast, from one model, seed 0, {NOISES} noises "
-        f"(`python experiments/guard.py`).", "",
+        f"(`python experiments/guard.py`).", f"rFID of {SAMPLES} samples in 2, 4, 8 steps; undistilled: {was}.", "",
         heading("by eye", "run", "fidelity 2", "4", "8", "lowest on the way", "highest contrast", "best update",
-                "blurred 2 4 8", "SSIM 2 4 8"),
+                "rFID 2 4 8", "blurred 2 4 8", "SSIM 2 4 8"),
         *(row(name, cells) for name, *cells in rows)]))
 
 if __name__ == "__main__":

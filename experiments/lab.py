@@ -123,7 +123,7 @@ def in_the_lab(net, mixture, schedule, lr, updates=600, batch=256, seed=0, **set
 def trained_to_jump(mixture, updates=3000, batch=512, seed=0, b=0.25):
     """The averaged weights of an MLP trained by `train.py --distill 0.25 --shortcut`'s code, its rate falling to 0."""
     args = train.parse_args(["--distill", str(b), "--shortcut", "--seed", str(seed)])
-    vars(args).update(updates=updates, batch=batch, lr=2e-3, lr_end=1e-9, out=None, dtype="fp32")
+    vars(args).update(updates=updates, batch=batch, lr=2e-3, lr_end=1e-9, times="uniform", out=None, dtype="fp32")
     torch.manual_seed(seed)
     trainer = Trainer(args, MLP().add_step_length(), torch.device("cpu"), MODEL_INFO)
     train_shortcut(trainer, iter(lambda: (mixture.draw(batch), torch.zeros(batch, dtype=torch.long)), None), b)

@@ -9,12 +9,9 @@ not shown, of a run of another seed, and as the paper does, all at the rate that
 What table2.json has is not made again, so that several sittings and machines may each make some of it.
 """
 
-import json
-
-from common import STEPS, Experiment, cell, claims_table, evaluations, heading, row, verdict
+from common import STEPS, Experiment, cell, claims_table, evaluations, fid_scores, heading, row, verdict
 
 import distill
-import fid
 import inception
 import train
 
@@ -46,13 +43,8 @@ CLAIMS = {
 
 def scored(table, ckpt, **more):
     """{steps: {score: value}} of a checkpoint by fid.py, with `more` beside it."""
-    quicker = ["--features", "bf16", "--real", "2000"] if table.args.weights == inception.RANDOM else []
-    fid.main(["--ckpt", str(ckpt), *table.data, "--steps", *map(str, STEPS), "-n", str(table.args.n), "--weights",
-              table.args.weights, *quicker, "--device", table.args.device, "--out", str(ckpt.parent / "fid")])
-    (results,) = json.loads((ckpt.parent / "fid" / "table.json").read_text()).values()
-    scores = {str(r["fake"]["steps"]): {name.replace(" (random features)", ""): round(value, 5)
-                                        for name, value in r["scores"].items()} for r in results}
-    return dict(more, scores=scores, contrast=results[0]["real"]["contrast"])
+    scores, contrast = fid_scores(ckpt, STEPS, table.args.n, table.data, table.args.weights, table.args.device)
+    return dict(more, scores=scores, contrast=contrast)
 
 def finals(args):
     """{figure: (method, way)} of all that the table shows but the undistilled model."""

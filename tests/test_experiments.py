@@ -32,8 +32,13 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr("hooks.Guard.picture", lambda guard, trainer: None)
     for name in ("distill.draw_curves", "train.draw_curves"):
         monkeypatch.setattr(name, lambda trainer: None)
+    quick_features(monkeypatch)
     return ["--data", labelled_images(tmp_path / "data", 20), "--device", "cpu", "-n", "8", "--seeds", "0", "1",
             "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+
+def quick_features(monkeypatch):
+    features = inception.Features(Tiny(), inception.RANDOM, torch.device("cpu"))
+    monkeypatch.setattr(fid, "load_features", lambda *a: features)
 
 def rehearse(script, flags, out, monkeypatch, capsys):
     """Run a script, and again for its page alone: its figures, and that page."""
@@ -42,8 +47,8 @@ def rehearse(script, flags, out, monkeypatch, capsys):
     assert re.search(r"(\d+) runs and scores to make: about \d+\.\d h", capsys.readouterr().err)
     made, page = ((out / f"{name}.{kind}").read_text() for kind in ("json", "md"))
     assert (out / f"{name}.png").exists()
-    for needed in ("to_the_end", "frechet_distance"):         # a run or a score would now be an error
-        monkeypatch.setattr(common, needed, None)
+    monkeypatch.setattr(common, "to_the_end", None)           # a run or a score would now be an error
+    monkeypatch.setattr(fid, "frechet_distance", None)
     script.main([*flags, "--seeds"])
     assert (out / f"{name}.json").read_text() == made and (out / f"{name}.md").read_text() == page
     return json.loads(made), page
@@ -53,8 +58,6 @@ def cells(page, start):
     return re.search(rf"^\| {re.escape(start)} \| (.*) \|$", page, re.M)[1].split(" | ")
 
 def test_table2(place, tmp_path, monkeypatch, capsys):
-    features = inception.Features(Tiny(), inception.RANDOM, torch.device("cpu"))
-    monkeypatch.setattr(fid, "load_features", lambda *a: features)
     methods = {name: (["--schedule", name, "--updates", "3", *P], [1e-4, 1e-2]) for name in ("tsd", "dsdi")}
     for name, value in (("BASE", BASE), ("METHODS", methods), ("STEPS", (1, 2))):
         monkeypatch.setattr(table2, name, value)
@@ -123,8 +126,10 @@ def test_guard_and_budgets(tmp_path, monkeypatch, capsys):
     train.main([*BASE, "--data", data, "--out", str(tmp_path / "base")])
     flags = ["--ckpt", str(tmp_path / "base"), "--data", data, "--docs", str(tmp_path), "--out"]
     monkeypatch.setattr(guard, "RUNS", {"dsdi 1e-3": ("dsdi", 1e-3, 3, P[:4]), "pd 1e-3": ("pd", 1e-3, 3, P[:4])})
+    monkeypatch.setattr(guard, "SAMPLES", 8)
+    quick_features(monkeypatch)
     guard.main([*flags, str(tmp_path / "guard"), "--runs", *guard.RUNS])
-    assert len(cells((tmp_path / "guard-faces.md").read_text(), "? | dsdi 1e-3")) == 8
+    assert len(cells((tmp_path / "guard-faces.md").read_text(), "? | dsdi 1e-3")) == 9
     monkeypatch.setattr(budgets, "RATES", {400: dict(tsd=[1e-2, 1e-3])})
     monkeypatch.setattr(budgets, "QuickScore", partial(common.QuickScore, n=8))
     monkeypatch.setattr(budgets, "STEPS", (1, 2, 3, 4, 5))
