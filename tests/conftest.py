@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,12 @@ def labelled_images(folder, n=10, classes="ab", size=(8, 8)):
     return str(folder)
 
 def start(script, *args, **kw):
-    """A script of the project in a process of its own: Popen, its output and errors in one stream."""
-    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw)
+    """A script of the project in a process of its own: Popen, its output and errors in one stream.
+
+    Ctrl-C reaches it also where a shell started the tests in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)      # a child inherits what is ignored
+    try:
+        return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw)
+    finally:
+        signal.signal(signal.SIGINT, before)

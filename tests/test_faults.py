@@ -368,11 +368,8 @@ def test_ctrl_c_anywhere_is_one_line(ckpt, tmp_path):
                           ("fid.py", [tmp_path / "many", tmp_path / "many", "--weights", "random", *CPU])):
         child = start(script, *flags)
         time.sleep(8)
-        for _ in range(3):                                    # where it was still importing, a library may swallow one
-            child.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                output = child.communicate(timeout=20)[0]
-                break
+        child.send_signal(signal.SIGINT)
+        output = child.communicate(timeout=60)[0]
         assert child.returncode == 130 and "stopped; all files are whole" in output, output
         assert "Traceback" not in output
 
