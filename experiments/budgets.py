@@ -12,14 +12,13 @@ import json
 import math
 from pathlib import Path
 
-from common import ROOT, STEPS, QuickScore, heading, pairs, row, seconds, to_the_end, write
+from common import ROOT, STEPS, QuickScore, evaluations, heading, pairs, row, seconds, to_the_end, write
 
 import distill
 
 BATCH = 32
-METHODS = {                                                   # evaluations of a row in an update, and further flags
-    "tsd": dict(cost=3), "pd": dict(cost=3), "dsdgl": dict(cost=2, flags=["--target-ema", "0.98"]),
-    "shortcut": dict(cost=2.5, flags=["--ema", "0.95"]),      # half of the rows: two more; the others: the anchor's
+METHODS = {                                                   # and further flags
+    "tsd": [], "pd": [], "dsdgl": ["--target-ema", "0.98"], "shortcut": ["--ema", "0.95"],
 }
 RATES = {                                                     # that are tried: many updates want low ones
     1e4: dict(tsd=[3e-4, 1e-4], pd=[3e-4, 1e-4], dsdgl=[1.5e-4, 7e-5], shortcut=[1e-3]),
@@ -29,15 +28,17 @@ RATES = {                                                     # that are tried: 
 
 def flags_of(method, budget, lr, seed, ckpt, data):
     """(flags of distill.py, evaluations) of a run that makes about `budget` evaluations."""
-    m, own = METHODS[method], 0
     flags = ["--schedule", method, "--lr", str(lr), "--seed", str(seed), "--ckpt", ckpt, "--batch", str(BATCH),
-             "--no-guard", *m.get("flags", []), *(["--data", data] if method == "pd" and data else [])]
+             "--no-guard", *METHODS[method], *(["--data", data] if method == "pd" and data else [])]
     if method == "shortcut":
         pool, steps = (100, 32) if budget < 5e4 else (500, 64)
         flags += ["--pool", str(pool), "--steps", str(steps), "--lr-end", f"{lr / 10:g}"]
-        own = pool * steps
-    updates = int((budget - own) / m["cost"] / BATCH)
-    return [*flags, "--updates", str(updates)], own + updates * BATCH * m["cost"]
+    args = distill.parse_args(flags)
+    args.updates = 0
+    own = evaluations(args)                                   # its samples
+    args.updates = 1
+    args.updates = int((budget - own) / (evaluations(args) - own))
+    return [*flags, "--updates", str(args.updates)], evaluations(args)
 
 def line(name, runs, budget):
     """A line of the table: the same run with several seeds."""
@@ -65,10 +66,10 @@ def main(argv=None):
     def run(method, budget, lr, seed, steps=STEPS):
         """The scores of a run at these step counts, made if need be."""
         out = Path(args.out) / f"{method}-{budget:g}-{lr:g}-{seed}"
-        flags, evaluations = flags_of(method, budget, lr, seed, ckpt, args.data)
+        flags, count = flags_of(method, budget, lr, seed, ckpt, args.data)
         to_the_end(distill.main, out, flags)
         scores = score.of_file(out / "ckpt.pt", steps)
-        found.append(dict(method=method, budget=budget, lr=lr, seed=seed, evaluations=evaluations, scores=scores,
+        found.append(dict(method=method, budget=budget, lr=lr, seed=seed, evaluations=count, scores=scores,
                           seconds=round(seconds(out, BATCH))))
         return found[-1]
 

@@ -186,6 +186,17 @@ def test_resume_asks_for_more_updates_when_finished_and_warns_of_changes(small_r
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 7
     assert [e["step"] for e in log_of(tmp_path / "out")] == list(range(1, 8))
 
+def test_a_flag_that_is_newer_than_a_run_is_as_if_not_given(small_run, tmp_path):
+    """The toy's preset draws times from the middle; a run of before that flag goes on as it began."""
+    train.main([*small_run, "--updates", "2"])
+    ckpt = tmp_path / "out" / "ckpt.pt"
+    state = load_checkpoint(ckpt)
+    assert state["args"]["times"] == "middle"
+    del state["args"]["times"]
+    save_checkpoint(ckpt, state)
+    train.main(["--resume", "--out", str(tmp_path / "out"), "--updates", "3"])
+    assert load_checkpoint(ckpt)["args"]["times"] == "uniform"
+
 def test_a_checkpoint_of_an_older_version_is_not_resumed(small_run, tmp_path):
     train.main([*small_run, "--updates", "2"])
     state = load_checkpoint(tmp_path / "out" / "ckpt.pt")
