@@ -22,7 +22,7 @@ WITHOUT_FLOAT64 = {"mps"}                                     # devices of Apple
 
 # ---- noise schedules ----------------------------------------------------------------------------
 class Schedule:
-    """α_t and σ_t for t in [0, 1], and the times at which N DDIM steps look at the network.
+    """α_t and σ_t for t in [0, 1], and the times at which N DDIM steps evaluate the network.
 
     A subclass gives `alpha`: α_t of a float64 tensor t, between 0 and 1."""
 
@@ -44,11 +44,17 @@ class Schedule:
         a, s = self(t)
         return (2 * (a.log() - s.log())).clamp(-20, 20)
 
-    def times(self, steps):
-        """The N + 1 times of N DDIM steps, from noise to data: N equal intervals, t_i = i / N, i = N … 0."""
+    @staticmethod
+    def equal_times(steps):
+        """N equal intervals, t_i = i / N, i = N … 0. Every other time of N steps is one of N/2, which distillation
+        relies on: the jumps of one depth are the steps of the next."""
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         return [i / steps for i in range(steps, -1, -1)]
+
+    def times(self, steps):
+        """The N + 1 times of N DDIM steps when sampling, from noise to data."""
+        return self.equal_times(steps)
 
     def shown(self, t):
         """The time that the network is shown at time t."""
@@ -98,7 +104,7 @@ class LDMDiscrete(Schedule):
         if not 1 <= steps < self.length:
             raise ValueError(f"steps must be between 1 and {self.length - 1} with this schedule, got {steps}")
         if self.length % steps or steps == 1:
-            return super().times(steps)
+            return self.equal_times(steps)
         return [(i - 1) / steps + 1 / self.length for i in range(steps, 0, -1)] + [0.0]
 
 SCHEDULES = {"cosine": Cosine, "ldm": LDMDiscrete}
@@ -201,7 +207,7 @@ def ddim_sample(xhat, z, steps, y=None, w=1.0):
 
     The same z gives the same picture, and nearly the same one for other step counts. A network that is told the
     length of its steps gets d = t − t', and N equal steps with any schedule: d = 1 / N."""
-    times = Schedule.times(xhat.schedule, steps) if xhat.lengths else xhat.schedule.times(steps)
+    times = xhat.schedule.equal_times(steps) if xhat.lengths else xhat.schedule.times(steps)
     for t, t1 in pairwise(times):
         z = ddim_step(xhat.schedule, z, xhat(z, t, y, w, t - t1), t, t1)
     return z

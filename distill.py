@@ -81,7 +81,7 @@ def fine_tune(trainer, plan, stream=None):
         if i == N:
             z = trainer.randn(*trainer.model_info["shape"])   # z_t ~ N(0, I): a fresh trajectory
             y, w = (trainer.randint(classes), guidance_weight(trainer)) if classes else (None, None)
-        t, t1, t2 = (torch.full((len(z),), t, device=z.device) for t in schedule.times(N)[N - i:N - i + 3])
+        t, t1, t2 = (torch.full((len(z),), t, device=z.device) for t in schedule.equal_times(N)[N - i:N - i + 3])
         z2 = []
         for part in trainer.parts(z, t, t1, t2, y, w):        # the whole batch, or --accumulate parts of it
             with trainer.autocast():
@@ -99,7 +99,7 @@ def progressive(trainer, plan, stream):
     a, classes, schedule = trainer.args, trainer.net.config.classes, trainer.schedule
     xhat, teacher = trainer.denoiser(), trainer.second_net("teacher")     # x̂_θ, x̂_η
     first = trainer.denoiser(teacher)
-    times = {N: torch.tensor(schedule.times(N), device=trainer.device) for N, _ in plan}
+    times = {N: torch.tensor(schedule.equal_times(N), device=trainer.device) for N, _ in plan}
     for step in trainer.steps():
         N, u = locate(plan, step)                             # twice the paper's N: the teacher's steps
         if u == 0:
@@ -127,12 +127,13 @@ def loop_of(schedule):
     return fine_tune_shortcut if method.shortcut else progressive if method.data else fine_tune
 
 # ---- command line -----------------------------------------------------------------------------------------
-# For small models: rates that leave no step count from 2 to 8 worse than it was (docs/results.md).
+# For small models.
 DEFAULTS = dict(updates=128, batch=32, warmup=12, betas=[0.9, 0.98], ema=0.98, log_every=10, sample_every=0,
                 save_every=64)
+# These leave no step count from 2 to 8 worse than it was, but for pd on faces (docs/results.md, "A recipe").
 RATES = {"dsdn": 3e-6, "dsdi": 3e-6, "dsdgl": 3e-6, "dsdgexp": 3e-6, "tsd": 3e-5, "pd": 1e-4, "shortcut": 5e-4}
 
-# For shortcut, with any model; with LDM's they were never tried. Own samples: rather many than of many steps.
+# For shortcut, with any model, but never tried with LDM's. Many own samples of few steps serve better than few of many.
 SHORTCUT = dict(updates=600, lr=RATES["shortcut"], lr_share=0.02, warmup=30, ema=0.98, target_ema=0.95, steps=16,
                 guidance=[2.0, 2.0])
 
@@ -156,7 +157,8 @@ def parse_args(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("the method")
     g.add_argument("--schedule", choices=METHODS, default="dsdi",
-                   help="the method (default: dsdi); their rates: " + ", ".join(f"{m} {r:g}" for m, r in RATES.items()))
+                   help="the method (default: dsdi); rates of small models: "
+                        + ", ".join(f"{m} {r:g}" for m, r in RATES.items()))
     g.add_argument("--ckpt", type=checkpoint, default="out/train/ckpt.pt", metavar="FILE",
                    help="the model to distil, or its folder; from its averaged weights (default: %(default)s)")
     ldm_flag(g)
@@ -167,35 +169,40 @@ def parse_args(argv=None):
                    help="x'': where one big step must aim (ddim, default), or the second prediction (x0, section 4.1)")
     g.add_argument("--weight", choices=WEIGHTS, default="snr", help="w(λ) of the loss: truncated SNR (default), or 1")
     g.add_argument("--guidance", type=float, nargs=2, default=[1.0, 3.0], metavar=("LOW", "HIGH"),
-                   help="range of the guidance weight, for models with classes (default: 1 3)")
+                   help="range of the guidance weight, for models with classes (default: 1 3; of shortcut: 2 2)")
     g.add_argument("--dry-run", action="store_true", help="only print the plan")
     out_flags(g, "out/<schedule>")
     g = p.add_argument_group("beyond the paper")
     g.add_argument("--target-ema", type=fraction, default=0.0, metavar="D",
                    help="a running average of the weights with this decay takes the second step: steadier than the "
-                        "model itself; if D is that of --ema, without a further copy (default: 0, the paper's)")
+                        "model itself; if D is that of --ema, without a further copy (default: 0, the paper's; of "
+                        "shortcut: 0.95)")
     g.add_argument("--for-steps", type=int, choices=SHOWN, nargs="+", default=[*WATCHED], metavar="K",
                    help="what the model is for: the update with the best fidelity at these step counts is kept as "
                         "OUT/best.pt (default: 2 4 8)")
     g.add_argument("--guard", action=argparse.BooleanOptionalAction, default=True,
                    help="end a run whose few-step samples are lost (default: on)")
-    g.add_argument("--share", type=fraction, default=0.5, metavar="b", help="of the rows that jump, for shortcut")
+    g.add_argument("--share", type=fraction, default=0.5, metavar="b",
+                   help="of the rows that jump, for shortcut (default: 0.5)")
     g.add_argument("--pool", type=at_least(1), default=2000, metavar="M",
-                   help="how many samples of its own shortcut draws, in --steps steps, where it has no --data")
+                   help="how many samples of its own shortcut draws, in --steps steps, where it has no --data "
+                        "(default: 2000)")
     g = p.add_argument_group("the data")
     g.add_argument("--data", metavar="PATH",
-                   help="folder, zip or LMDB that pd and --fid-every read (default: what the model was trained on)")
-    g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of it for pd")
+                   help="folder, zip or LMDB that pd and --fid-every read (default: what the model was trained on), "
+                        "and that shortcut learns from in place of its own samples, if given")
+    g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
+                   help="mirror half of it (default: on)")
     score_flags(p.add_argument_group("scores on the way"))
     g = p.add_argument_group("rarely changed")
     g.add_argument("--size", type=at_least(1), help="with --ldm: side of the images in pixels (default: 256)")
     run_flags(g)
     p.set_defaults(times="uniform")                           # of shortcut's rows: the middle did no better
     args, changed = parse_with_saved(p, argv, defaults)
-    fixed = {"schedule", "ckpt", "ldm", "size", "steps", "updates", "batch", "target_ema"} & changed
+    fixed = {"schedule", "ckpt", "ldm", "size", "steps", "updates", "batch", "target_ema", "pool", "seed"} & changed
     if fixed:
         p.error(f"--resume can't change {', '.join('--' + f.replace('_', '-') for f in sorted(fixed))}: "
-                f"the place in the plan depends on it")
+                f"what the run has done until now depends on it")
     check(p, args)
     return args
 
@@ -206,11 +213,11 @@ def check(p, args):
         (args.target_ema and method.teacher,
          f"--target-ema is for the methods without a teacher; in {args.schedule} the teacher makes the target"),
         (args.data and not (method.data or method.shortcut or args.fid_every),
-         f"{args.schedule} reads no data; --data is for pd and --fid-every"),
+         f"{args.schedule} reads no data; --data is for pd, shortcut and --fid-every"),
         (method.shortcut and args.guidance[0] != args.guidance[1],
          "--guidance: shortcut bakes one weight into the model: give it twice"),
         (not 0 <= args.guidance[0] <= args.guidance[1], "--guidance LOW HIGH: two weights, the lower one first"),
-        (Path(args.ckpt).resolve() == (Path(args.out) / "ckpt.pt").resolve(),
+        (Path(args.ckpt).resolve() in [(Path(args.out) / name).resolve() for name in ("ckpt.pt", "best.pt")],
          "--out is the folder of --ckpt: the distilled model would take its place"),
     ):
         if wrong:
@@ -219,6 +226,11 @@ def check(p, args):
         plan(args.schedule, args.steps, args.updates)
     except ValueError as e:
         p.error(str(e))
+
+def reads_data(args):
+    """Whether the method of a run learns from a data set: pd does, and shortcut where it is given one."""
+    method = METHODS[args.schedule]
+    return method.data or (method.shortcut and bool(args.data))
 
 # What a distilled model has of its source:
 FROM_SOURCE = "schedule", "predicts", "shape", "classes", "guidance", "ldm", "autoencoder"
@@ -244,7 +256,7 @@ def check_source(args, net, source, images):
         Denoiser.of(net, source).schedule.times(args.steps)
     except ValueError as e:
         sys.exit(f"error: {e}")
-    if METHODS[args.schedule].data and net.config.classes:
+    if reads_data(args) and net.config.classes:
         if source["classes"]:
             images.number_as(source["classes"])
         elif len(images.classes) != net.config.classes:       # LDM's have numbers only, in the order of their names
@@ -260,6 +272,39 @@ def own_samples(trainer):
     what = [trainer.model_info["history"][-1]["hash"], a.seed, a.dtype]
     return OwnSamples(a.out, sampler, a.pool, a.steps, a.batch, what)
 
+def opened(args, state, device):
+    """(net, source, model_info, images) of a run. Packs the images if need be; exits if model and flags do not fit.
+
+    state   of the run's own checkpoint, if it goes on;  source  the state of the file that net was read from
+    images  the data set that the method or --fid-every reads, or None
+    model_info  what the run's checkpoints will say of the model"""
+    net, source = load_model(Path(args.out) / "ckpt.pt" if state else args.ckpt, device, name=args.ldm, size=args.size)
+    past = source["history"] if state else history(args, source)        # now: the file may be replaced meanwhile
+    method, origin = METHODS[args.schedule], trained_on(source)
+    origin["data"] = args.data or origin["data"]
+    images = None
+    if reads_data(args) or args.fid_every:
+        if args.ldm and not origin["data"]:
+            sys.exit(f"error: nobody knows what LDM's {args.ldm} was trained on: give the images as --data")
+        images = load_data(origin["data"], image_size(source), origin["crop"], args.cache)
+    if method.shortcut and not net.config.step_length:
+        net.add_step_length()
+    check_source(args, net, source, images)
+    model_info = {k: source[k] for k in FROM_SOURCE if k in source} | dict(history=past, trained_on=origin)
+    if reads_data(args):
+        images.channels = 3 if args.ldm else source["shape"][0]
+        model_info["data"] = data_of_run(images, state)
+    return net, source, model_info, images
+
+def remember_before(trainer, source, state):
+    """Have the checkpoints of a run hold what the undistilled model draws: the reference of all its looks."""
+    model_info = trainer.model_info
+    if state:
+        model_info |= {k: state[k] for k in ("before", "reference", "best") if k in state}    # best: after a look
+    else:
+        model_info["before"] = before = broadcast(draw_shown(trainer))
+        model_info["reference"] = source.get("reference", before[-1])     # of a chain, what its first model drew
+
 def main(argv=None):
     args = parse_args(argv)
     if args.dry_run:
@@ -267,46 +312,25 @@ def main(argv=None):
     device = pick_device(args.device)
     args.dtype = pick_dtype(args.dtype, device)
     state = check_out(args, f"distil it further as --ckpt {args.out}/ckpt.pt, into another --out")
-    net, source = load_model(Path(args.out) / "ckpt.pt" if state else args.ckpt, device, name=args.ldm, size=args.size)
-    past = source["history"] if state else history(args, source)        # now: the file may be replaced meanwhile
-    method, origin = METHODS[args.schedule], trained_on(source)
-    origin["data"] = args.data or origin["data"]
-    reads = method.data or (method.shortcut and args.data)
-    if args.ldm and not origin["data"] and (reads or args.fid_every):
-        sys.exit(f"error: nobody knows what LDM's {args.ldm} was trained on: give the images as --data")
-    images = load_data(origin["data"], image_size(source), origin["crop"], args.cache) \
-        if reads or args.fid_every else None
-    if method.shortcut and not net.config.step_length:
-        net.add_step_length()
-    check_source(args, net, source, images)
-    model_info = {k: source[k] for k in FROM_SOURCE if k in source} | dict(history=past, trained_on=origin)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)                              # of the path that `opened` may add to the network
+    net, source, model_info, images = opened(args, state, device)
     hooks = [(args.updates, draw_curves)]
     if args.fid_every:
         hooks.append((args.fid_every, scorer(args, images, device, SHOWN[:-1])))
     trainer = Trainer(args, net.requires_grad_(True), device, model_info, hooks, ema_warmup=False)
     if state:
-        trainer.load(state)
-        if "reference" not in state:
-            sys.exit(f"error: {trainer.ckpt} is of an older version: it can be sampled and distilled, but not resumed")
-    steps, stream = plan(args.schedule, args.steps, args.updates), None
-    if reads:
-        images.channels = 3 if args.ldm else source["shape"][0]
-        model_info["data"] = data_of_run(images, state)
-        data = Latents(images, source, device, args.dtype) if args.ldm else images
-        stream = batches(data, args, trainer.step, device)
+        trainer.load(state, needs=["reference"])
+    data = Latents(images, source, device, args.dtype) if args.ldm and reads_data(args) else images
     prepare_out(args, state)
     print(f"{args.schedule}: {param_count(net) / 1e6:.2f} M parameters, {args.updates:,} updates of {args.batch} on "
           f"{describe_device(device)} in {args.dtype}, from {args.steps} steps, lr {args.lr:g} to {final_rate(args):g}")
-    if state:
-        model_info |= {k: state[k] for k in ("before", "reference", "best") if k in state}
-    else:
-        model_info["before"] = before = broadcast(draw_shown(trainer))
-        model_info["reference"] = source.get("reference", before[-1])     # of a chain, what its first model drew
+    remember_before(trainer, source, state)
+    method, steps = METHODS[args.schedule], plan(args.schedule, args.steps, args.updates)
     if method.shortcut and net.config.classes:
         model_info["guidance"] = args.guidance[0]             # from here on built in
-    if method.shortcut:
-        stream = stream or batches(own_samples(trainer), args, trainer.step, device)
+    if method.shortcut and not reads_data(args):
+        data = own_samples(trainer)
+    stream = batches(data, args, trainer.step, device) if method.data or method.shortcut else None
     guard = Guard(trainer, args.for_steps, args.guard)
     trainer.hooks.insert(0, (args.sample_every or args.updates, guard.picture))
     def watch(trainer):

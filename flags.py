@@ -68,8 +68,8 @@ def run_flags(g):
     g.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
                    help="write OUT's log and pictures for TensorBoard too, which is a package of its own")
     g.add_argument("--lr-end", type=positive,
-                   help="where the rate falls to, along a cosine (default: in distill.py to a tenth; in train.py with "
-                        "--shortcut to a hundredth, on the toy lower still; else it stays)")
+                   help="where the rate falls to, along a cosine (default: in distill.py to a tenth, of shortcut to a "
+                        "fiftieth; in train.py with --shortcut to a hundredth, on the toy lower still; else it stays)")
     g.add_argument("--warmup", type=at_least(0), help="updates over which it rises from 0 (default: %(default)s)")
     g.add_argument("--betas", type=fraction, nargs=2, default=[0.9, 0.999], help="of Adam (default: %(default)s)")
     g.add_argument("--clip", type=positive, default=1.0, help="largest norm of the gradient (default: 1)")
@@ -100,4 +100,8 @@ def parse_with_saved(p, argv, defaults):
     for name in ("data", "cache", "weights"):                 # for --resume in another folder
         if getattr(args, name) not in (None, "random"):
             setattr(args, name, str(Path(getattr(args, name)).expanduser().absolute()))
-    return args, {k for k, v in saved.items() if getattr(args, k, v) != v}
+    changed = {k for k, v in saved.items() if getattr(args, k, v) != v}
+    if changed - {"updates"}:
+        print(f"resuming with another {', '.join(sorted(changed))}: "
+              f"no longer the same as a run that was never interrupted")
+    return args, changed

@@ -50,7 +50,7 @@ def print_table(seen):
 
 # ---- fidelity along a run, and the guard -----------------------------------------------------------------------
 WATCHED = 2, 4, 8                  # step counts of every look; every fourth has the last of SHOWN as well
-FIDELITY, CONTRAST = 0.5, 1.2      # the band: no less of the one, no more of the other (docs/guard.md shows the runs)
+FIDELITY, CONTRAST = 0.5, 1.2      # a run is lost below the one or above the other (docs/guard.md shows the runs)
 NEAR = 0.05                        # a run that ends so near to an edge of it says so
 
 def look_at(x, reference):

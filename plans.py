@@ -44,7 +44,7 @@ def plan(schedule, steps, updates):
     schedule  a name in METHODS;  steps  the start depth N, even;  updates  P, at least one for each depth
     A trajectory of N_i steps makes N_i / 2 updates; the last one of a depth is cut short where its budget ends.
     Raises ValueError for a plan that can't be made."""
-    if steps < 2 or steps % 2:
+    if steps < 2 or (steps % 2 and not METHODS[schedule].shortcut):      # of shortcut: steps of its own samples
         raise ValueError(f"--steps {steps}: the start depth must be even and at least 2, as steps are taken in pairs")
     depths = METHODS[schedule].depths(steps)
     if updates < len(depths):
@@ -81,7 +81,8 @@ def print_plan(args):
     """Print the plan as a table: Figure 4 in numbers."""
     print(f"{args.schedule}: {args.updates:,} updates of {args.batch}, from {args.steps} steps\n")
     print(" depth  updates   share  by rate  trajectories  at t <= 1/2")
-    walked = not METHODS[args.schedule].data                  # PD draws its t
+    method = METHODS[args.schedule]
+    walked = not (method.data or method.shortcut)             # these draw their t
     for depth, updates, share, weighted in shares(args):
         walks, end = (f"{2 * updates / depth:.2f}", f"{late(depth, updates):,}") if walked else ("-", "-")
         print(f"{depth:6d} {updates:8,d} {share:7.1%} {weighted:8.1%} {walks:>13} {end:>12}")

@@ -6,13 +6,14 @@
 The paper asks one output x̂(z_t) for two things: the direction of a small step, and the aim of a big jump. They are
 different functions, so Algorithm 2 chases itself and never rests. Here the network is told the length d of its step:
 x̂_θ(z_t, t, d) is the clean image with which one DDIM step t → t − d lands where the flow does. d = 0 is the ordinary
-denoiser. A share b of the rows of each batch learns to jump, the others learn from data as ever:
+denoiser. A share of the rows of each batch learns to jump, the others learn from data as ever:
 
     L = ‖v' − v''‖²          v' = v̂_θ(z_t, t, d), and v'' = (α_t z_t − x'') / σ_t of the x'' with which one step lands
                              where two steps of d/2 by a running average of the weights do (ddim_target)
     L = ‖v' − v_t‖²          d = 0: the diffusion loss of Equation 1
 
-It is (1 − b) · diffusion + b · self-distillation in expectation: Equation 1 with another second term. N steps are
+It is Equation 1 with another second term. In training, b is the share over the whole run: no row jumps in the first
+half, as nothing is known yet to jump to, and 2b of them do in the second, with three times the weight. N steps are
 sampled with d = 1/N. In fine-tuning the other rows learn from the undistilled model, whose targets have no noise.
 
 Relatives: shortcut models (Frans et al. 2024), whose loss this is, but for the schedule and the real d; TRACT

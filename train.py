@@ -1,6 +1,6 @@
 """Train a diffusion model with self-distillation (section 4.2): the model learns from data, and from itself.
 
-    python train.py --distill 0.15                                          # built-in pictures: 4 to 8 minutes on a CPU
+    python train.py --distill 0.15                                          # built-in pictures: 3 to 8 minutes on a CPU
     python train.py --distill 0.15 --data celeba.zip --preset celeba64      # one GPU
     python train.py --distill 0.15 --data DIR --preset church64 --size 32   # any flag beats the preset
     python train.py --resume --out out/train                                # go on where a run stopped
@@ -47,7 +47,7 @@ def training_loss(xhat, x, t, eps, y, b, step=STEP):
     """Equation 1: the diffusion loss plus self-distillation, from one evaluation with gradient.
 
     xhat  Denoiser of a v-prediction network;  x (B, C, H, W) data;  y (B,) labels or None
-    t     (B,) times ~ U(0, 1];  eps (B, C, H, W) noise ε ~ N(0, I);  b in [0, 1] is the paper's β, and α = 1 − b
+    t     (B,) times in (0, 1];  eps (B, C, H, W) noise ε ~ N(0, I);  b in [0, 1] is the paper's β, and α = 1 − b
     returns  loss (scalar), and its terms by name
 
         L = α ‖v̂_t − v_t‖² + β ‖x' − x''‖²,   v_t = α_t ε − σ_t x              (Eq. 1)
@@ -135,8 +135,8 @@ def parse_args(argv=None):
     score_flags(p.add_argument_group("scores on the way"))
     g = p.add_argument_group("rarely changed")
     g.add_argument("--times", choices=["uniform", "middle"], default="uniform",
-                   help="how t is drawn: uniformly, as in the paper, or mostly from the middle, where is decided what "
-                        "a picture shows (logit-normal, Esser et al. 2024) (default: %(default)s)")
+                   help="how t is drawn: uniformly, as in the paper, or mostly from the middle, where it is decided "
+                        "what a picture shows (logit-normal, Esser et al. 2024) (default: %(default)s)")
     g.add_argument("--sample-steps", type=at_least(1), metavar="S", help="DDIM steps of the pictures")
     run_flags(g)
     def defaults(given):                                      # jumps want a falling rate, at every step count
@@ -144,9 +144,6 @@ def parse_args(argv=None):
     args, changed = parse_with_saved(p, argv, defaults)
     if "preset" in changed:
         p.error("--resume goes on with the settings of its own --preset")
-    if changed - {"updates"}:
-        print(f"resuming with another {', '.join(sorted(changed))}: "
-              f"no longer the same as a run that was never interrupted")
     if not 0 <= args.distill <= 1:
         p.error("--distill must be between 0 and 1: it is b in Equation 1")
     if args.shortcut and not 0 < args.distill < 0.5:

@@ -285,9 +285,11 @@ class Trainer:
         if rank() == 0 and self.out:
             save_checkpoint(self.out / "best.pt", dict(self._model(), weights=weights, ema=weights))
 
-    def load(self, state):
-        """Take up the state of a checkpoint of the same network. Says so where the run can't go on bit for bit."""
-        if "extra_state" not in state:
+    def load(self, state, needs=()):
+        """Take up the state of a checkpoint of the same network. Says so where the run can't go on bit for bit.
+
+        needs  names of what the loop wants of it, too: exits where it is too old to have them"""
+        if not {"extra_state", *needs} <= state.keys():
             sys.exit(f"error: {self.ckpt} is of an older version: it can be sampled and distilled, but not resumed")
         try:
             self.net.load_state_dict(state["weights"])

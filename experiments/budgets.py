@@ -4,7 +4,7 @@
 
 An evaluation is one image through the network once, with a gradient or without; those of shortcut's own samples count.
 Each method has several rates, of one seed; the best of them, by the geometric mean of the quick score at 1 to 8 steps,
-is then run with the other seeds. What exists is not made again, what was stopped goes on. Writes docs/budgets.md.
+is then run with the other seeds. What exists is not made again, what was stopped goes on. Writes budgets.md and .json.
 """
 
 import argparse
@@ -12,11 +12,13 @@ import json
 import math
 from pathlib import Path
 
-from common import ROOT, STEPS, QuickScore, evaluations, heading, pairs, row, seconds, to_the_end, write
+from common import STEPS, QuickScore, evaluations, heading, pairs, row, seconds, to_the_end, write
 
 import distill
+from checkpoint import file_hash
 
 BATCH = 32
+CHOICE = 4                                                    # the first of STEPS, 1 to 8, whose scores choose a rate
 METHODS = {                                                   # and further flags
     "tsd": [], "pd": [], "dsdgl": ["--target-ema", "0.98"], "shortcut": ["--ema", "0.95"],
 }
@@ -42,9 +44,8 @@ def flags_of(method, budget, lr, seed, ckpt, data):
 
 def line(name, runs, budget):
     """A line of the table: the same run with several seeds."""
-    rest = [""] * (len(STEPS) - len(runs[0]["scores"]))       # a rate that was only tried has no many steps
     took = sum(r["seconds"] for r in runs) // len(runs)
-    return row(name, pairs([r["scores"] for r in runs]), *rest, f"10^{math.log10(budget):.0f}", f"{len(runs)}",
+    return row(name, pairs([r["scores"] for r in runs]), f"10^{math.log10(budget):.0f}", f"{len(runs)}",
                f"{took}")
 
 def main(argv=None):
@@ -58,17 +59,17 @@ def main(argv=None):
     p.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one chooses the rate")
     p.add_argument("--out", default="out/budgets", metavar="DIR", help="of the runs (default: %(default)s)")
-    p.add_argument("--docs", default=str(ROOT / "docs"), metavar="DIR", help="of the table (default: docs)")
+    p.add_argument("--docs", default="out/budgets", metavar="DIR", help="of the table (default: %(default)s)")
     args = p.parse_args(argv)
     ckpt = str(Path(args.ckpt) / "ckpt.pt") if Path(args.ckpt).is_dir() else args.ckpt
     score, lines, found = QuickScore(args.data, args.size, args.crop), [], []
 
-    def run(method, budget, lr, seed, steps=STEPS):
-        """The scores of a run at these step counts, made if need be."""
-        out = Path(args.out) / f"{method}-{budget:g}-{lr:g}-{seed}"
+    def run(method, budget, lr, seed):
+        """The scores of a run, made if need be."""
+        out = Path(args.out) / file_hash(ckpt, 8) / f"{method}-{budget:g}-{lr:g}-{seed}"
         flags, count = flags_of(method, budget, lr, seed, ckpt, args.data)
         to_the_end(distill.main, out, flags)
-        scores = score.of_file(out / "ckpt.pt", steps)
+        scores = score.of_file(out / "ckpt.pt")
         found.append(dict(method=method, budget=budget, lr=lr, seed=seed, evaluations=count, scores=scores,
                           seconds=round(seconds(out, BATCH))))
         return found[-1]
@@ -76,9 +77,9 @@ def main(argv=None):
     lines.append(row("undistilled", pairs([score.of_file(Path(ckpt))]), "", "", ""))
     for budget in args.budgets:
         for method in args.methods:
-            tried = [run(method, budget, lr, args.seeds[0], STEPS[:4]) for lr in RATES[budget][method]]
-            best = min(tried, key=lambda r: math.prod(s for s, _ in r["scores"]))
-            same = [run(method, budget, best["lr"], seed) for seed in args.seeds]
+            tried = [run(method, budget, lr, args.seeds[0]) for lr in RATES[budget][method]]
+            best = min(tried, key=lambda r: math.prod(s for s, _ in r["scores"][:CHOICE]))
+            same = [best, *(run(method, budget, best["lr"], seed) for seed in args.seeds[1:])]
             for r in tried:
                 if r is not best:
                     lines.append(line(f"{method}, {r['lr']:g}", [r], budget))

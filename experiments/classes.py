@@ -1,36 +1,35 @@
 """Table 2's class-conditional half in small: built-in pictures, guidance, and a classifier in place of Inception Score.
 
-    python experiments/classes.py              # writes docs/classes.md, .json and .png; an hour on a thread
-    python experiments/classes.py --seeds 1    # elsewhere: of one seed, with the same base model as --ckpt
+    python experiments/classes.py              # writes out/classes/classes.md, .json and .png; 4 hours on an old core
+    python experiments/classes.py --seeds 1    # of one seed; elsewhere with the same base model as --ckpt
 
 Trains a model of ten classes and distils it, guided. The score is the share of samples that a classifier takes for the
 class that was asked for; it learned from other pictures than those on which its own accuracy is told. What classes.json
 has is not made again.
 """
 
+import math
 import sys
 from functools import cache
 
 import numpy as np
 import torch
-from common import Experiment, claims_table, drawn, heading, pairs, row
+from common import Experiment, claims_table, drawn, heading, pairs, rates_of, row, seeds_of
 from torch import nn
 
-import train
 from data import load_data, to_tensor
 from pictures import SHAPES, draw_picture
 from runtime import progress
 
 STEPS = 1, 2, 4, 8, 64
 BASE = ["--classes", "--updates", "3000", "--lr-end", "1e-5", "--sample-every", "0"]
-FINE, COARSE, JUMPING = [1e-6, 3e-6, 1e-5], [1e-5, 3e-5, 1e-4], [5e-4, 1e-3]           # rates to choose from
 P = ["--updates", "128", "--batch", "32"]
-METHODS = {
-    "tsd": (["--schedule", "tsd", *P], COARSE),
-    "dsdi": (["--schedule", "dsdi", *P], FINE),
-    "dsdgl-average": (["--schedule", "dsdgl", "--target-ema", "0.98", *P], COARSE),
-    "shortcut-w1": (["--schedule", "shortcut", "--guidance", "1", "1"], JUMPING),
-    "shortcut-w2": (["--schedule", "shortcut", "--guidance", "2", "2"], JUMPING),
+METHODS = {                                                   # flags, and the rate to begin the search at
+    "tsd": (["--schedule", "tsd", *P], 3e-5),
+    "dsdi": (["--schedule", "dsdi", *P], 3e-6),
+    "dsdgl-average": (["--schedule", "dsdgl", "--target-ema", "0.98", *P], 3e-5),
+    "shortcut-w1": (["--schedule", "shortcut", "--guidance", "1", "1"], None),
+    "shortcut-w2": (["--schedule", "shortcut", "--guidance", "2", "2"], None),
 }
 BAKED = {"shortcut-w1": 1.0, "shortcut-w2": 2.0}              # the guidance that is built in; the others are sampled
 GUIDANCE = 1.0, 2.0                                           # with each of these
@@ -109,10 +108,11 @@ def page(table):
              f"pictures that it never saw. w: guidance, built into the shortcut models, and in the others while "
              f"sampling, at twice the cost.", "", heading("method", "w", "rate", "seeds", *STEPS)]
     for name, runs in found.items():
-        lines += [row(name, [f"{BAKED.get(name, float(w)):g}", f"{runs[0].get('lr', '')}", f"{len(runs)}",
+        lines += [row(name, [f"{BAKED.get(name, float(w)):g}", rates_of(runs), seeds_of(table.figures, name),
                              *pairs([run["scores"][w] for run in runs])]) for w in (runs[0]["scores"] if runs else ())]
     def wrong(name, steps):
-        return [100 - run["scores"]["1"][STEPS.index(steps)][0] for run in found.get(name, [])]
+        accuracies = [run["scores"]["1"][STEPS.index(steps)][0] for run in found.get(name, [])]
+        return [100 - value for value in accuracies] + [math.inf] * table.figures.broken(name)
     return "\n".join([*lines, *claims_table(CLAIMS, STEPS, wrong,
                                             ", by the share that the classifier takes for another class")])
 
@@ -120,7 +120,7 @@ def main(argv=None):
     args = Experiment.flags("classes", __doc__, samples=500).parse_args(argv)
     if args.data:
         sys.exit("error: classes.py is about the built-in pictures: it takes no --data")
-    table = Experiment("classes", args, BASE, METHODS, size=train.parse_args(BASE).size)
+    table = Experiment("classes", args, BASE, METHODS)
     table.sitting(make, page)
 
 if __name__ == "__main__":

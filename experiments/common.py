@@ -49,8 +49,8 @@ def unless_broken(make):
     """What make() returns; None where a run, or a model, ends in values that are not finite."""
     try:
         return make()
-    except SystemExit as e:
-        if "not finite" not in str(e.code):
+    except (SystemExit, ValueError) as e:                     # a score of such samples is a ValueError
+        if "not finite" not in str(e):
             raise
 
 def seconds(out, batch):
@@ -85,6 +85,12 @@ def tell_hours(runs, seconds):
     """Say how long it will take to make what is missing."""
     log_stderr(f"{runs} runs and scores to make: about {seconds / 3600:.1f} h")
 
+def climb(grid, start, value):
+    """The place in a grid, upwards from `start` by steps to a better neighbour, whose neighbours are both no better."""
+    i = grid.index(start)
+    best = max([start, *grid[max(0, i - 1):i], *grid[i + 1:i + 2]], key=value)
+    return start if best == start else climb(grid, best, value)
+
 # ---- experiments of many runs ---------------------------------------------------------------------------
 def file_name(text):
     """A name, or a path, that any file may have."""
@@ -99,8 +105,8 @@ def shared_flags(name, doc, samples):
     p.add_argument("-n", type=int, default=samples, help="samples for each score (default: %(default)s)")
     p.add_argument("--device", default="auto", help="cpu, cuda … (default: a GPU if there is one)")
     p.add_argument("--runs", default=f"out/{name}", metavar="DIR", help="for the runs (default: %(default)s)")
-    p.add_argument("--out", default=ROOT / "docs", type=Path, metavar="DIR",
-                   help="for the table, its JSON and its picture (default: docs)")
+    p.add_argument("--out", default=ROOT / "out" / name, type=Path, metavar="DIR",
+                   help=f"for the table, its JSON and its picture (default: out/{name}; those of the docs are in docs)")
     return p
 
 class Figures:
@@ -141,19 +147,26 @@ class Figures:
         found = [v for k, v in sorted(self.values.items()) if k.rpartition(", seed ")[0] == name]
         return [value for value in found if value]
 
+    def broken(self, name):
+        """How many seeds of the runs of this name fell apart."""
+        return sum(v is None and k.rpartition(", seed ")[0] == name for k, v in self.values.items())
+
 class Experiment:
     """Distillations of one base model by several methods, and figures of them.
 
     args     of `Experiment.flags`;  base  flags of train.py for a base model where no --ckpt is given
-    methods  {name: (flags of distill.py, rates to choose from)};  about  what all figures have in common"""
+    methods  {name: (flags of distill.py, the rate to begin the search at)}, None: the default rate, and no search
+    about    what all figures have in common, beside the size of the images and the number of samples"""
 
-    CHOICE = 9                                                # the seed of runs, and of the noise, that choose rates
+    CHOICE = 9                                                # the seed of the runs that choose rates
+    GRID = [float(f"{digit}e-{e}") for e in range(8, 1, -1) for digit in (1, 3)]     # rates to choose from
 
     def __init__(self, name, args, base, methods, **about):
         self.name, self.args, self.runs, self.methods = name, args, ROOT / args.runs, methods
         self.data = ["--data", args.data] if args.data else []
         self.device, self.base_flags = pick_device(args.device), [*base, *self.data]
-        self.figures = Figures(args.out / f"{name}.json", about | dict(samples=args.n), self.runs)
+        about |= dict(size=train.parse_args(self.base_flags).size, samples=args.n)
+        self.figures = Figures(args.out / f"{name}.json", about, self.runs)
 
     @staticmethod
     def flags(name, doc, samples):
@@ -166,13 +179,17 @@ class Experiment:
     @cached_property
     def base(self):
         """The checkpoint of the base model, which is trained now if need be."""
-        ckpt = Path(self.args.ckpt or self.runs / "undistilled" / "ckpt.pt")
-        if not self.args.ckpt:
+        ckpt, known = Path(self.args.ckpt or self.runs / "undistilled" / "ckpt.pt"), self.figures.values.get("base")
+        if not self.args.ckpt and (not known or ckpt.exists()):
             to_the_end(train.main, ckpt.parent, [*self.base_flags, "--device", self.args.device])
-        digest = file_hash(ckpt)
-        if self.figures.made("base", lambda: digest) != digest:
+        digest = file_hash(ckpt) if ckpt.exists() else None   # None: of a model that is not here
+        if known not in (None, digest):
             sys.exit(f"error: {self.figures.path} has figures of another base model than {ckpt}: give that one as "
                      f"--ckpt, or choose another --out")
+        size, wanted = load_checkpoint(ckpt)["shape"][1], self.figures.about["size"]
+        if size != wanted:
+            sys.exit(f"error: {ckpt} draws images of {size}x{size}, and these figures are of {wanted}x{wanted}")
+        self.figures.made("base", lambda: digest)
         return ckpt
 
     def distilled(self, place, seed, *stages):
@@ -186,18 +203,17 @@ class Experiment:
             reads = self.data if METHODS[distill.parse_args(flags).schedule].data else []
             to_the_end(distill.main, ckpt.parent, [
                 *flags, *reads, "--lr", str(lr), "--ckpt", str(source), "--seed", str(seed), "--no-guard", "--device",
-                self.args.device])
+                self.args.device, "--log-every", str(distill.parse_args(flags).updates)])     # one look, at its end
         return ckpt
 
     def run(self, name, lr, seed):
         """The checkpoint of a method at a rate, of a seed, in a folder of the method's name."""
         return self.distilled(f"{lr:g}-seed{seed}/{name}", seed, (name, lr))
 
-    def sampler(self, ckpt, seed=0, w=1.0):
+    def sampler(self, ckpt, w=1.0):
         """A Sampler of the averaged weights; of a model with classes it draws all in turn."""
         net, state = load_model(ckpt, self.device)
-        return Sampler(net, state, self.device, pick_dtype("auto", self.device), range(net.config.classes) or None, w,
-                       seed)
+        return Sampler(net, state, self.device, pick_dtype("auto", self.device), range(net.config.classes) or None, w)
 
     def draw(self, rates, *flags):
         """NAME.png by sample.py: a row for each step count, the models side by side in it, from the same noises."""
@@ -221,14 +237,14 @@ class Experiment:
         origin = trained_on(state)
         return QuickScore(self.args.data or origin["data"], state["shape"][1], origin["crop"], self.args.n)
 
-    def quick_scores(self, ckpt, steps, seed=0):
-        """[[score, contrast] at each of `steps`] of a checkpoint, of noise of a seed."""
-        sampler = self.sampler(ckpt, seed)
+    def quick_scores(self, ckpt, steps):
+        """[[score, contrast] at each of `steps`] of a checkpoint."""
+        sampler = self.sampler(ckpt)
         return [self.quick(sampler, s) for s in steps]
 
-    def last_scores(self, ckpt, steps, seed=0):
+    def last_scores(self, ckpt, steps):
         """The same of a run that is then deleted."""
-        scores = self.quick_scores(ckpt, steps, seed)
+        scores = self.quick_scores(ckpt, steps)
         shutil.rmtree(ckpt.parent)
         return scores
 
@@ -246,18 +262,19 @@ class Experiment:
         def found(name, lr):
             value = self.made(f"rate of {name}: {lr:g}", partial(of_run, name, lr))
             return -math.inf if value is None else value
-        return {name: max(rates, key=partial(found, name)) for name, (_, rates) in self.methods.items()}
+        return {name: climb(self.GRID, start, partial(found, name)) if start else distill.parse_args(flags).lr
+                for name, (flags, start) in self.methods.items()}
 
     def jobs(self, finals):
         """{figure: (evaluations, images that fid.py looks at)} of the choice of rates, and of others.
 
         finals  {figure: (methods of its run, evaluations of its scores, images)}"""
-        looks, cost = 20 * (12 * 14 + 4 * 64), {}
-        for name, (flags, _) in self.methods.items():
+        looks, cost, choice = 2 * 20 * sum(hooks.SHOWN), {}, {}
+        for name, (flags, start) in self.methods.items():
             args = distill.parse_args(flags)                  # a backward pass takes the time of two
             cost[name] = evaluations(args) + 2 * args.updates * args.batch + looks
-        choice = {f"rate of {name}: {lr:g}": (cost[name], 0)
-                  for name, (_, rates) in self.methods.items() for lr in rates}
+            near = self.GRID.index(start) if start else 0     # three runs at least
+            choice |= {f"rate of {name}: {lr:g}": (cost[name], 0) for lr in self.GRID[near - 1:near + 2] if start}
         return choice | {name: (sum(cost[m] for m in run) + scores, images)
                          for name, (run, scores, images) in finals.items()}
 
@@ -317,9 +334,18 @@ class QuickScore:
         """The same of images (N, 3, H, W) in [-1, 1]."""
         return fid.frechet_distance(*self.statistics(x.split(250)), *self.real), x.std().item()
 
+    def with_variety(self, sampler, steps):
+        """{name: value} of n samples: score, contrast, and precision and recall against the first n images."""
+        x = drawn(sampler, steps, self.n)
+        score, contrast = self.of_images(x)
+        real, fake = (self.features(images) for images in (to_tensor(self.data.pixels[:self.n]), x))
+        precision, recall = fid.precision_recall(real, fake)
+        return {"quick score": score, "precision": precision, "recall": recall, "contrast": contrast}
+
     def of_file(self, ckpt, steps=STEPS):
         """[[score, contrast] for each of `steps`] of a checkpoint, kept beside it."""
-        kept, stamp = ckpt.with_name("quick.json"), [os.stat(ckpt).st_mtime, self.n, *steps]
+        kept, data = ckpt.with_name("quick.json"), self.data.folder.name      # which holds the crop, too
+        stamp = [os.stat(ckpt).st_mtime, data, self.n, *steps]
         if kept.exists() and json.loads(kept.read_text())["stamp"] == stamp:
             return json.loads(kept.read_text())["scores"]
         device = pick_device()
@@ -370,7 +396,7 @@ def claims_table(claims, columns, values, by=""):
     """Lines of Markdown: a verdict on each claim in each column.
 
     claims  {claim: (a row, and another, of which the first should have the lower values)}
-    values  (row, column) -> what its seeds have;  by  what the values are, in words"""
+    values  (row, column) -> what its seeds have, math.inf of those that fell apart;  by  the values in words"""
     def side(name, column):                                   # the undistilled model is one, and stands for all seeds
         return values(name, column) * (2 if name == "undistilled" else 1)
     return ["", f"**Claims**{by}. {VERDICTS}", "", heading("claim", *columns),
@@ -379,7 +405,17 @@ def claims_table(claims, columns, values, by=""):
 
 VERDICTS = ("A claim holds where every seed has the lower score, does not where none has, and is undecided where they "
             "overlap: there more seeds would decide (`--seeds`). Of two equal methods three seeds each are parted by "
-            "chance one time in ten. –: fewer than two seeds.")
+            "chance one time in ten, and from a single value (the undistilled model, the data) one time in four. –: "
+            "fewer than two seeds.")
+
+def seeds_of(figures, name):
+    """The cell that says how many seeds a row has, and how many runs of it fell apart."""
+    broken = figures.broken(name)
+    return f"{len(figures.of_seeds(name))}" + (f", and {broken} broken" if broken else "")
+
+def rates_of(runs):
+    """The cell of the rates that the seeds of a row had: one, unless several sittings chose differently."""
+    return ", ".join(dict.fromkeys(f"{lr:g}" for run in runs for lr in ([run["lr"]] if "lr" in run else [])))
 
 def write(path, text):
     """Write a page of Markdown, its paragraphs in lines of 120 characters, and print it."""

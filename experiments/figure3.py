@@ -5,8 +5,8 @@
     python experiments/figure3.py --seeds 1 --data celeba-10k.zip         # elsewhere: of one seed
 
 Trains plainly, with Equation 1, and told how far it jumps (docs/shortcut.md), for the same time each, and fine-tunes
-the plain model. Writes docs/figure3.md, .json and .png, and pictures of samples. What figure3.json has is not made
-again, and a run that was stopped goes on.
+the plain model. Writes out/figure3/figure3.md, .json and .png (--out docs: adds to the page of the docs), and pictures
+of samples. What figure3.json has is not made again, and a run that was stopped goes on.
 """
 
 import sys

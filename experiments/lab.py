@@ -95,30 +95,24 @@ def trained(mixture, updates=3000, batch=512, seed=0):
         opt.step()
     return net.eval()
 
-def distilled(net, model_info, stream, schedule, lr, **settings):
+def in_the_lab(net, mixture, schedule, lr, updates=600, batch=256, seed=0, **settings):
     """The averaged weights of a copy of `net` after one of the methods, by the code of distill.py. Writes no files.
 
-    stream    yields data (x, y), which pd and shortcut read;  settings  flags of distill.py, by name
-    """
-    net = copy.deepcopy(net)
-    if METHODS[schedule].shortcut:
-        net.add_step_length()
-    args = distill.parse_args(["--schedule", schedule, "--lr", str(lr)])
-    vars(args).update(settings, out=None)
-    trainer = Trainer(args, net.requires_grad_(True), torch.device("cpu"), model_info, ema_warmup=False)
-    steps = plan(schedule, args.steps, args.updates)
-    distill.loop_of(schedule)(trainer, steps, stream)
-    return trainer.ema
-
-def in_the_lab(net, mixture, schedule, lr, updates=600, batch=256, seed=0, **settings):
-    """`distilled` with data from the mixture; shortcut has 500 samples of the network's own instead."""
+    pd reads data from the mixture, shortcut 500 samples of the network's own. settings: flags of distill.py, by name"""
     torch.manual_seed(seed)
     own = points(net, 64, 500, seed=3)[:, :, None, None] if METHODS[schedule].shortcut else None
     def draw():
         x = mixture.draw(batch) if own is None else own[torch.randint(len(own), (batch,))]
         return x, torch.zeros(batch, dtype=torch.long)
-    return distilled(net, MODEL_INFO, iter(draw, None), schedule, lr, updates=updates, batch=batch,
-                     warmup=updates // 10, dtype="fp32", seed=seed, **settings)
+    student = copy.deepcopy(net)
+    if METHODS[schedule].shortcut:
+        student.add_step_length()
+    args = distill.parse_args(["--schedule", schedule, "--lr", str(lr)])
+    vars(args).update(dict(updates=updates, batch=batch, warmup=updates // 10, dtype="fp32", seed=seed, out=None)
+                      | settings)
+    trainer = Trainer(args, student.requires_grad_(True), torch.device("cpu"), MODEL_INFO, ema_warmup=False)
+    distill.loop_of(schedule)(trainer, plan(schedule, args.steps, args.updates), iter(draw, None))
+    return trainer.ema
 
 def trained_to_jump(mixture, updates=3000, batch=512, seed=0, b=0.25):
     """The averaged weights of an MLP trained by `train.py --distill 0.25 --shortcut`'s code, its rate falling to 0."""

@@ -16,7 +16,7 @@ import distill
 import hooks
 import sample
 from checkpoint import load_checkpoint, load_model, save_checkpoint
-from ddim import Cosine, Denoiser
+from ddim import Cosine, Denoiser, LDMDiscrete
 from fid import fidelity
 from model import UNet, UNetConfig
 from plans import METHODS, locate, plan
@@ -361,6 +361,26 @@ def test_a_killed_run_resumes_bit_for_bit(extra, ckpt, tmp_path):
     assert all(same(v, b["extra_state"][k]) for k, v in a["extra_state"].items())
     drop = lambda log: [{k: v for k, v in e.items() if k != "images_per_s"} for e in log]  # noqa: E731
     assert drop(log_of(tmp_path / "whole")) == drop(log_of(tmp_path / "killed"))
+
+@pytest.mark.parametrize("schedule", ["dsdi", "pd"])
+def test_ldms_models_learn_the_jumps_of_equal_steps(schedule, monkeypatch):
+    """From each depth to the next, though LDM's own rule for sampling takes others at 8, 4 and 2 steps."""
+    trainer, steps = a_run(tiny_net().float(), schedule, steps=8, updates=12)
+    trainer.schedule, jumps, target = LDMDiscrete(), set(), distill.ddim_target
+    def watched(second, z, x, t, t1, t2, *a, **kw):
+        jumps.update(zip(t.tolist(), t1.tolist(), t2.tolist(), strict=True))
+        return target(second, z, x, t, t1, t2, *a, **kw)
+    monkeypatch.setattr(distill, "ddim_target", watched)
+    data = iter(lambda: (torch.randn(4, *SHAPE), None), 0)
+    distill.loop_of(schedule)(trainer, steps, data)
+    grid = {(i / n, (i - 1) / n, (i - 2) / n) for n in (8, 4, 2) for i in range(n, 0, -2)}
+    assert jumps <= grid and len(jumps) >= 6
+
+def test_the_source_is_not_deleted_by_its_own_distillation(ckpt, tmp_path, capsys):
+    distill.main(flags(ckpt, tmp_path / "out"))
+    with pytest.raises(SystemExit):
+        distill.parse_args(flags(tmp_path / "out" / "best.pt", tmp_path / "out", overwrite="")[:-1])
+    assert "--out is the folder of --ckpt" in capsys.readouterr().err and (tmp_path / "out" / "best.pt").exists()
 
 def test_a_conditional_model_is_distilled_with_guidance(tmp_path):
     torch.manual_seed(0)

@@ -58,25 +58,35 @@ def cells(page, start):
     return re.search(rf"^\| {re.escape(start)} \| (.*) \|$", page, re.M)[1].split(" | ")
 
 def test_table2(place, tmp_path, monkeypatch, capsys):
-    methods = {name: (["--schedule", name, "--updates", "3", *P], [1e-4, 1e-2]) for name in ("tsd", "dsdi")}
-    for name, value in (("BASE", BASE), ("METHODS", methods), ("STEPS", (1, 2))):
+    methods = {name: (["--schedule", name, "--updates", "3", *P], 1e-3) for name in ("tsd", "dsdi")}
+    for name, value in (("BASE", BASE), ("SIZES", {16: ["--size", "8"]}), ("METHODS", methods), ("STEPS", (1, 2))):
         monkeypatch.setattr(table2, name, value)
     figures, page = rehearse(table2, place, tmp_path, monkeypatch, capsys)
     assert len([name for name in figures if "seed" in name]) == 1 + 2 * 2 + 2
-    best = max((1e-4, 1e-2), key=lambda lr: figures[f"rate of tsd: {lr:g}"])
+    tried = {lr: figures[f"rate of tsd: {lr:g}"] for lr in common.Experiment.GRID if f"rate of tsd: {lr:g}" in figures}
+    best = max(tried, key=tried.get)
     assert best == figures["tsd, own rate, seed 0"]["lr"] == figures["dsdi, TSD's rate, seed 1"]["lr"]
-    for metric in ("rFID", "rprecision", "rrecall", "contrast"):
+    for metric in ("quick score", "precision", "recall", "contrast"):
         assert f"**{metric}** at N steps" in page
-    at_two = [figures[f"dsdi, own rate, seed {seed}"]["scores"]["2"]["rFID"] for seed in (0, 1)]
+    at_two = [figures[f"dsdi, own rate, seed {seed}"]["scores"]["2"]["quick score"] for seed in (0, 1)]
     found = cells(page, "dsdi, own rate")
     assert found[1] == "2" and found[-1].startswith(f"{sum(at_two) / 2:.3g} ± ")
     with pytest.raises(SystemExit, match="has other figures"):           # other samples do not go into the same file
         table2.main([*place, "--seeds", "-n", "9"])
 
+def test_table2_by_fid(place, tmp_path, monkeypatch, capsys):
+    methods = {"dsdi": (["--schedule", "dsdi", "--updates", "3", *P], None)}     # no search: at the default rate
+    for name, value in (("BASE", BASE), ("SIZES", {16: ["--size", "8"]}), ("METHODS", methods), ("STEPS", (1, 2)),
+                        ("PAPERS", ())):
+        monkeypatch.setattr(table2, name, value)
+    figures, page = rehearse(table2, [*place, "--weights", "random"], tmp_path, monkeypatch, capsys)
+    assert figures["dsdi, own rate, seed 0"]["lr"] == 3e-6 and not any(name.startswith("rate of") for name in figures)
+    assert all(f"**{metric}** at N steps" in page for metric in ("rFID", "rprecision", "rrecall", "contrast"))
+
 def test_classes(place, tmp_path, monkeypatch, capsys):
-    methods = {"dsdi": (["--schedule", "dsdi", "--updates", "3", *P], [1e-3]),
+    methods = {"dsdi": (["--schedule", "dsdi", "--updates", "3", *P], 1e-3),
                "shortcut-w2": (["--schedule", "shortcut", "--guidance", "2", "2", "--updates", "2", "--pool", "8", *P],
-                               [1e-3])}
+                               None)}
     for name, value in (("BASE", ["--classes", *BASE]), ("METHODS", methods), ("STEPS", (1, 2)),
                         ("CLASSIFIER", dict(updates=60, batch=64, unseen=200))):
         monkeypatch.setattr(classes, name, value)
@@ -89,15 +99,16 @@ def test_classes(place, tmp_path, monkeypatch, capsys):
     assert cells(page, "shortcut-w2 | 2")[-1].startswith(f"{sum(accuracies) / 2:.3g} ± ")
 
 def test_claims(place, tmp_path, monkeypatch, capsys):
-    methods = {f"{name}, P = {p}": (["--schedule", name, "--updates", str(p), *P], [1e-3])
+    methods = {f"{name}, P = {p}": (["--schedule", name, "--updates", str(p), *P], None)
                for name in ("dsdi", "pd") for p in (2, 3)}
-    orders = {"DSD first, PD after": ["dsdi, P = 2", "pd, P = 2"], "PD alone": ["pd, P = 3"]}
-    for name, value in (("BASE", BASE), ("METHODS", methods), ("ORDERS", orders), ("STEPS", (1, 2))):
+    orders = {"DSD first, PD after": ["dsdi, P = 2", "pd, P = 2"], "PD first, DSD after": ["pd, P = 2", "dsdi, P = 2"]}
+    for name, value in (("BASE", BASE), ("SIZES", {16: ["--size", "8"]}), ("METHODS", methods), ("ORDERS", orders),
+                        ("STEPS", (1, 2))):
         monkeypatch.setattr(claims, name, value)
     figures, page = rehearse(claims, place, tmp_path, monkeypatch, capsys)
-    assert figures["DSD first, PD after, seed 0"]["lr"] == [1e-3, 1e-3]
+    assert figures["DSD first, PD after, seed 0"]["lr"] == [3e-6, 1e-4]         # the default rates
     both, alone = ([figures[f"{name}, seed {seed}"]["scores"][0][0] for seed in (0, 1)] for name in orders)
-    assert cells(page, "at equal cost: DSD first, PD after, beats PD alone")[0] == common.verdict(both, alone)
+    assert cells(page, "beats the other order")[0] == common.verdict(both, alone)
     assert cells(page, "PD with many more, 2,048, beats DSDI's 128") == ["–", "–"]
 
 def test_figure3(place, tmp_path, monkeypatch, capsys):
@@ -112,6 +123,15 @@ def test_figure3(place, tmp_path, monkeypatch, capsys):
     assert len({json.dumps(figures[f"faces, {name}, seed 0"]) for name in figure3.NAMES}) == 4
     last = [figures[f"faces, plain, seed {seed}"]["last"][0][0] for seed in (0, 1)]
     assert cells(page, "plain")[1].startswith(f"{sum(last) / 2:.3g} ± ") and (tmp_path / "figure3-faces.png").exists()
+
+@pytest.mark.parametrize("start,best,tried", [(1, 4, [0, 1, 2, 3, 4, 5]), (5, 4, [3, 4, 5, 6]), (4, 4, [3, 4, 5]),
+                                              (1, 0, [0, 1, 2]), (8, 9, [7, 8, 9])])
+def test_a_search_tries_both_neighbours_of_the_rate_that_it_takes(start, best, tried):
+    seen = []
+    def value(place):
+        seen.append(place)
+        return -abs(place - best)
+    assert common.climb(list(range(10)), start, value) == best and sorted(set(seen)) == tried
 
 @pytest.mark.parametrize("low,high,says", [
     ([1, 2], [3, 4], "holds"), ([3, 4], [1, 2], "does not"), ([1, 3], [2, 4], "undecided"), ([1], [2, 3], "–"),

@@ -65,6 +65,11 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     assert [r[-2] for r in rows] == ["3.12", "6.25", "12.50", "25.00", "50.00", "100.00"]             # of N / 2 updates
     assert not (tmp_path / "p").exists()
 
+def test_dry_run_of_shortcut_tells_of_no_trajectories(capsys):
+    distill.main(["--schedule", "shortcut", "--dry-run", "--steps", "15"])         # of its own samples: may be odd
+    out = capsys.readouterr().out
+    assert re.search(r"^ +15 +600 +100.0% +100.0% +- +-$", out, re.M) and "half of a trajectory" not in out
+
 @pytest.mark.parametrize("updates,share", [(128, "5%"), (4000, "45%")])
 def test_dry_run_tells_how_much_is_learned_near_the_data(updates, share, capsys):
     """A plan for few updates is no small copy of one for many: its trajectories never arrive."""

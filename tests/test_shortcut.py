@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN, TINY, log_of, same, start
+from conftest import SMALL_RUN, TINY, labelled_images, log_of, same, start
 from torch import nn
 from torch.testing import assert_close
 
@@ -15,7 +15,7 @@ import sample
 import shortcut
 import train
 from checkpoint import load_checkpoint
-from ddim import Cosine, Denoiser, LDMDiscrete, Schedule, ddim_inverse, ddim_sample
+from ddim import Cosine, Denoiser, LDMDiscrete, ddim_inverse, ddim_sample
 from model import UNet, UNetConfig
 
 SHAPE = 6, 3, 8, 8
@@ -190,7 +190,7 @@ def test_n_steps_are_n_evaluations_told_1_over_n(schedule, steps):
         return 0 * z
     ddim_sample(Denoiser(net, schedule, "x", lengths=True), torch.randn(SHAPE), steps)
     assert_close([d for _, d in seen], [1 / steps] * steps)
-    assert [t for t, _ in seen] == [schedule.shown(t) for t in Schedule.times(schedule, steps)[:-1]]
+    assert [t for t, _ in seen] == [schedule.shown(t) for t in schedule.equal_times(steps)[:-1]]
 
 # ---- runs -------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
@@ -240,6 +240,25 @@ def test_fine_tuning_without_data(trained, tmp_path, extra):
     net, s = sample.load_model(trained[3])
     want = sample.Sampler(net, s, torch.device("cpu"), "fp32").draw([shortcut.OwnSamples.FIRST + 7], 4)
     assert_close(torch.from_numpy(samples[7:8]).float(), want, rtol=1e-2, atol=1e-2)
+
+def test_the_path_that_a_model_takes_on_is_that_of_the_seed(trained, tmp_path):
+    """Whatever else a process did before."""
+    def path(seed):
+        torch.rand(3)
+        distill.main([*trained, "--updates", "1", "--warmup", "100", "--seed", str(seed), "--overwrite", "--out",
+                      str(tmp_path / "out")])
+        return load_checkpoint(tmp_path / "out" / "ckpt.pt")["weights"]["length_in.weight"].clone()
+    first, other, again = path(0), path(1), path(0)
+    assert (first == again).all() and (first - other).abs().max() > 1e-2
+
+def test_data_with_other_classes_is_refused(small_run, trained, tmp_path):
+    """Their numbers would be those of other classes of the model."""
+    train.main([*small_run, "--classes", "--updates", "2"])
+    flags = [*trained[:2], "--ckpt", str(tmp_path / "out"), *trained[4:], "--updates", "2", "--out",
+             str(tmp_path / "jumps")]
+    with pytest.raises(SystemExit, match="the model's classes are not those of the data, which differ in: b, c"):
+        distill.main([*flags, "--data", labelled_images(tmp_path / "others", classes="ac")])
+    distill.main([*flags, "--data", labelled_images(tmp_path / "same", classes="ab")])
 
 def test_drawing_that_was_killed_goes_on_and_so_does_the_run(trained, tmp_path):
     flags = [*trained, "--pool", "400", "--steps", "32", "--updates", "6", "--save-every", "3", "--sample-every", "0"]
