@@ -11,6 +11,7 @@ import common
 import figure3
 import guard
 import pytest
+import second_term
 import table2
 import torch
 from conftest import SMALL_RUN, labelled_images
@@ -162,3 +163,11 @@ def test_guard_and_budgets(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("distill.fine_tune", None)            # a run would now be an error
     budgets.main(call)
     assert "undistilled" in capsys.readouterr().out
+
+def test_the_second_term_has_little_gradient_at_short_steps(small_run, tmp_path, capsys):
+    """The shorter the step, the less: it is a difference of two neighbouring predictions."""
+    train.main([*small_run, "--updates", "20", "--overwrite"])
+    second_term.main(["--ckpt", str(tmp_path / "out"), "-n", "10"])
+    found = cells(capsys.readouterr().out, "second term's gradient, share of the first's")
+    shares = [float(cell.rstrip("%")) for cell in found]
+    assert 0 <= shares[0] < shares[1] < shares[2] < 100
