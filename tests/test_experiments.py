@@ -74,6 +74,12 @@ def test_table2(place, tmp_path, monkeypatch, capsys):
     assert found[1] == "2" and found[-1].startswith(f"{sum(at_two) / 2:.3g} ± ")
     with pytest.raises(SystemExit, match="has other figures"):           # other samples do not go into the same file
         table2.main([*place, "--seeds", "-n", "9"])
+    with pytest.raises(SystemExit, match="figures of another base model"):     # none is trained first: that would fail
+        table2.main([*place, "--seeds", "5", "--runs", str(tmp_path / "elsewhere")])
+    small = str(tmp_path / "runs" / "undistilled" / "ckpt.pt")
+    monkeypatch.setattr(table2, "SIZES", {16: ["--size", "16"]})
+    with pytest.raises(SystemExit, match="draws images of 8x8, and these figures are of 16x16"):
+        table2.main([*place, "--ckpt", small, "--out", str(tmp_path / "other")])
 
 def test_table2_by_fid(place, tmp_path, monkeypatch, capsys):
     methods = {"dsdi": (["--schedule", "dsdi", "--updates", "3", *P], None)}     # no search: at the default rate
@@ -133,6 +139,14 @@ def test_a_search_tries_both_neighbours_of_the_rate_that_it_takes(start, best, t
         seen.append(place)
         return -abs(place - best)
     assert common.climb(list(range(10)), start, value) == best and sorted(set(seen)) == tried
+
+def test_runs_that_fell_apart_count_against_a_claim(tmp_path):
+    figures = common.Figures(tmp_path / "figures.json", {}, tmp_path)
+    figures.values |= {"dsdi, seed 0": {"lr": 1e-5}, "dsdi, seed 1": None, "dsdi, seed 2": {"lr": 3e-5}}
+    assert common.seeds_of(figures, "dsdi") == "2, and 1 broken" and figures.broken("tsd") == 0
+    assert common.rates_of(figures.of_seeds("dsdi")) == "1e-05, 3e-05"
+    assert common.verdict([1, 1, float("inf")], [2, 2, 2]) == "undecided"
+    assert common.unless_broken(lambda: common.fid.frechet_distance(*[torch.tensor([[float("nan")]])] * 4)) is None
 
 @pytest.mark.parametrize("low,high,says", [
     ([1, 2], [3, 4], "holds"), ([3, 4], [1, 2], "does not"), ([1, 3], [2, 4], "undecided"), ([1], [2, 3], "–"),
