@@ -7,8 +7,6 @@ The base model is that of table2.py. Each number of updates has a rate of its ow
 claims.json has is not made again, so that several sittings and machines may each make some of it.
 """
 
-import math
-
 import matplotlib.pyplot as plt
 from common import Experiment, claims_table, evaluations, heading, pairs, row, seeds_of
 from table2 import BASE, SIZES
@@ -70,9 +68,8 @@ def page(table):
              heading("run", "rate", "seeds", "evaluations", *STEPS)]
     lines += [row(name, [*about(name), *pairs([run["scores"] for run in runs])]) for name, runs in found.items()]
     def values(name, steps):
-        scores = [run["scores"][STEPS.index(steps)][0] for run in found.get(name, [])]
-        return scores + [math.inf] * table.figures.broken(name)
-    return "\n".join([*lines, *claims_table(CLAIMS, STEPS, values)])
+        return [run["scores"][STEPS.index(steps)][0] for run in found.get(name, [])]
+    return "\n".join([*lines, *claims_table(CLAIMS, STEPS, table.figures, values)])
 
 def draw(found, path):
     """Scores against the number of updates, a line for each method and seed in its colour."""

@@ -8,7 +8,6 @@ class that was asked for; it learned from other pictures than those on which its
 has is not made again.
 """
 
-import math
 import sys
 from functools import cache
 
@@ -111,9 +110,8 @@ def page(table):
         lines += [row(name, [f"{BAKED.get(name, float(w)):g}", rates_of(runs), seeds_of(table.figures, name),
                              *pairs([run["scores"][w] for run in runs])]) for w in (runs[0]["scores"] if runs else ())]
     def wrong(name, steps):
-        accuracies = [run["scores"]["1"][STEPS.index(steps)][0] for run in found.get(name, [])]
-        return [100 - value for value in accuracies] + [math.inf] * table.figures.broken(name)
-    return "\n".join([*lines, *claims_table(CLAIMS, STEPS, wrong,
+        return [100 - run["scores"]["1"][STEPS.index(steps)][0] for run in found.get(name, [])]
+    return "\n".join([*lines, *claims_table(CLAIMS, STEPS, table.figures, wrong,
                                             ", by the share that the classifier takes for another class")])
 
 def main(argv=None):

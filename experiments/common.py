@@ -319,11 +319,14 @@ class QuickScore:
     def __init__(self, data, size, crop=None, n=512):
         self.data, self.features, self.n = load_data(data, size, crop), Features(), n
         self.contrast = to_tensor(self.data.pixels[:2000]).std().item()      # of the data
-        self.real = self.statistics(to_tensor(self.data.pixels[i:i + 250]) for i in range(0, len(self.data), 250))
+        self.real = torch.cat([self.features(to_tensor(self.data.pixels[i:i + 250]))
+                               for i in range(0, len(self.data), 250)])
+        self.real_statistics = self.statistics(self.real)
 
-    def statistics(self, batches):
-        """Mean and covariance of the features of batches of images."""
-        x = torch.cat([self.features(x) for x in batches]).double()
+    @staticmethod
+    def statistics(features):
+        """Mean and covariance of features (N, 256)."""
+        x = features.double()
         return x.mean(0), x.T.cov()
 
     def __call__(self, sampler, steps):
@@ -332,15 +335,23 @@ class QuickScore:
 
     def of_images(self, x):
         """The same of images (N, 3, H, W) in [-1, 1]."""
-        return fid.frechet_distance(*self.statistics(x.split(250)), *self.real), x.std().item()
+        return self.distance(self.features_of(x)), x.std().item()
+
+    def features_of(self, x):
+        """The features (N, 256) of images (N, 3, H, W) in [-1, 1]."""
+        return torch.cat([self.features(part) for part in x.split(250)])
+
+    def distance(self, features):
+        """The Fréchet distance of features (N, 256) to those of the data set."""
+        return fid.frechet_distance(*self.statistics(features), *self.real_statistics)
 
     def with_variety(self, sampler, steps):
         """{name: value} of n samples: score, contrast, and precision and recall against the first n images."""
         x = drawn(sampler, steps, self.n)
-        score, contrast = self.of_images(x)
-        real, fake = (self.features(images) for images in (to_tensor(self.data.pixels[:self.n]), x))
-        precision, recall = fid.precision_recall(real, fake)
-        return {"quick score": score, "precision": precision, "recall": recall, "contrast": contrast}
+        fake = self.features_of(x)
+        precision, recall = fid.precision_recall(self.real[:self.n], fake)
+        return {"quick score": self.distance(fake), "precision": precision, "recall": recall,
+                "contrast": x.std().item()}
 
     def of_file(self, ckpt, steps=STEPS):
         """[[score, contrast] for each of `steps`] of a checkpoint, kept beside it."""
@@ -392,13 +403,14 @@ def verdict(low, high):
         return "–"
     return "holds" if max(low) < min(high) else "does not" if min(low) > max(high) else "undecided"
 
-def claims_table(claims, columns, values, by=""):
+def claims_table(claims, columns, figures, values, by=""):
     """Lines of Markdown: a verdict on each claim in each column.
 
     claims  {claim: (a row, and another, of which the first should have the lower values)}
-    values  (row, column) -> what its seeds have, math.inf of those that fell apart;  by  the values in words"""
+    values  (row, column) -> what its seeds have that did not fall apart: the others count as the highest
+    figures  the `Figures` that know those;  by  what the values are, in words"""
     def side(name, column):                                   # the undistilled model is one, and stands for all seeds
-        return values(name, column) * (2 if name == "undistilled" else 1)
+        return values(name, column) * (2 if name == "undistilled" else 1) + [math.inf] * figures.broken(name)
     return ["", f"**Claims**{by}. {VERDICTS}", "", heading("claim", *columns),
             *(row(claim, [verdict(side(low, c), side(high, c)) for c in columns])
               for claim, (low, high) in claims.items())]

@@ -146,6 +146,9 @@ def test_runs_that_fell_apart_count_against_a_claim(tmp_path):
     assert common.seeds_of(figures, "dsdi") == "2, and 1 broken" and figures.broken("tsd") == 0
     assert common.rates_of(figures.of_seeds("dsdi")) == "1e-05, 3e-05"
     assert common.verdict([1, 1, float("inf")], [2, 2, 2]) == "undecided"
+    values = {"dsdi": [1, 1], "tsd": [2, 2, 2]}
+    lines = common.claims_table({"beats": ("dsdi", "tsd")}, [4], figures, lambda name, column: values[name])
+    assert lines[-1] == "| beats | undecided |"               # by the two that are left it would hold
     assert common.unless_broken(lambda: common.fid.frechet_distance(*[torch.tensor([[float("nan")]])] * 4)) is None
 
 @pytest.mark.parametrize("low,high,says", [
