@@ -107,7 +107,14 @@ class LDMDiscrete(Schedule):
             return self.equal_times(steps)
         return [(i - 1) / steps + 1 / self.length for i in range(steps, 0, -1)] + [0.0]
 
-SCHEDULES = {"cosine": Cosine, "ldm": LDMDiscrete}
+class LDMDistilled(LDMDiscrete):
+    """The same for a distilled model, which is sampled where it has learned its jumps: at t_i = i / N for every N."""
+
+    def times(self, steps):
+        super().times(steps)                                  # the same limits
+        return self.equal_times(steps)
+
+SCHEDULES = {"cosine": Cosine, "ldm": LDMDiscrete, "ldm-distilled": LDMDistilled}
 
 # w(λ_t) of Algorithms 1 and 2 by name. snr: the truncated signal-to-noise ratio (section 4.1; Salimans & Ho 2022).
 WEIGHTS = {"snr": lambda log_snr: log_snr.exp().clamp(min=1), "none": torch.ones_like}
@@ -206,8 +213,7 @@ def ddim_sample(xhat, z, steps, y=None, w=1.0):
     """Deterministic DDIM from noise z (B, C, H, W) in exactly `steps` network evaluations. Returns x (B, C, H, W).
 
     The same z gives the same picture, and nearly the same one for other step counts. A network that is told the
-    length of its steps gets d = t − t', and N equal steps with any schedule: d = 1 / N."""
-    times = xhat.schedule.equal_times(steps) if xhat.lengths else xhat.schedule.times(steps)
-    for t, t1 in pairwise(times):
+    length of its steps gets d = t − t'."""
+    for t, t1 in pairwise(xhat.schedule.times(steps)):
         z = ddim_step(xhat.schedule, z, xhat(z, t, y, w, t - t1), t, t1)
     return z

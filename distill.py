@@ -291,6 +291,8 @@ def opened(args, state, device):
         net.add_step_length()
     check_source(args, net, source, images)
     model_info = {k: source[k] for k in FROM_SOURCE if k in source} | dict(history=past, trained_on=origin)
+    if args.ldm:
+        model_info["schedule"] = "ldm-distilled"
     if reads_data(args):
         images.channels = 3 if args.ldm else source["shape"][0]
         model_info["data"] = data_of_run(images, state)

@@ -1,7 +1,8 @@
 """Models in the layout of diffusers: `python sample.py --ckpt out/train/ckpt.pt --export out/hf`.
 
 Weights and configs go into unet/, scheduler/ and, for LDM's, vqvae/. diffusers then builds the same network and takes
-the same steps: of LDM's models where N divides 1000 (but not 1), of our own where it divides T = 1600:
+the same steps: of LDM's models where N divides 1000 (but not 1), of our own where it divides T = 1600. Of a distilled
+LDM it takes steps one of a thousand beside ours where N divides 1000:
 
     pipe = diffusers.DDIMPipeline.from_pretrained("out/hf")
     image = pipe(num_inference_steps=4).images[0]
@@ -17,6 +18,7 @@ from torch import nn
 
 from checkpoint import CheckpointError
 from ldm import (
+    DISTILLED_SPACING,
     WEIGHTS_FILE,
     autoencoder_of,
     diffusers_names,
@@ -63,7 +65,10 @@ def parts_of(net, state):
             part, _, name = name.partition(".")
             parts.setdefault(part, {})[name] = value
     if not own:
-        return parts, ldm_configs(net.config, bundle.autoencoder.config, state["shape"][1])
+        configs = ldm_configs(net.config, bundle.autoencoder.config, state["shape"][1])
+        if state["schedule"] == "ldm-distilled":
+            configs["scheduler"]["timestep_spacing"] = DISTILLED_SPACING
+        return parts, configs
     parts.pop("class_embedder", None)
     parts["unet"] |= own_extra(net)
     return parts, own_configs(net, state["shape"][1])

@@ -352,6 +352,7 @@ def fill_from_file(bundle, tensors, ema, what):
 
 # ---- folders in diffusers' layout --------------------------------------------------------------------------
 WEIGHTS_FILE = "diffusion_pytorch_model"
+DISTILLED_SPACING = "trailing"                                # of a scheduler's steps: 999 - 1000 i/N, ours less one
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 def safetensors():
@@ -409,6 +410,11 @@ def ldm_configs(unet, autoencoder, latent_size):
                  beta_start=0.0015, beta_end=0.0195, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
                  timestep_spacing="leading", prediction_type="epsilon")
     return dict(unet=unet_config(unet, latent_size), vqvae=vq, scheduler=steps)
+
+def was_distilled(folder):
+    """Whether an LDM in diffusers' layout is one that `export` wrote after a distillation."""
+    path = Path(folder) / "scheduler" / "scheduler_config.json"
+    return path.exists() and DISTILLED_SPACING in path.read_text()
 
 def check_folder(folder, configs, what):
     """Compare what no shape of a tensor tells; a setting that the file leaves out is taken on trust."""
@@ -470,6 +476,8 @@ def _load_foreign(path, content, device, ema, name, size):
         fill_from_file(bundle, content["state_dict"], ema, what)
     state = DIFFUSION | dict(config=asdict(c.unet), shape=[c.autoencoder.latent, side, side], classes=[], ldm=name,
                              autoencoder=bundle.autoencoder.state_dict(), history=[dict(how=f"LDM's {name}")])
+    if content is None and was_distilled(path):
+        state["schedule"] = "ldm-distilled"
     return bundle.unet.to(device, memory_format=memory_format(device)), state
 
 def ldm_flag(p):

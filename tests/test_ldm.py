@@ -459,8 +459,22 @@ def test_a_distilled_ldm_is_scored_and_exported(small):
     (same,) = [e for e in logged if e.get("fake", {}).get("steps") == 2]
     assert same["rFID (random features)"] == pytest.approx(card["scores"]["rFID (random features)"], rel=0.02)
     script.main(["--ckpt", str(ckpt), "--export", str(small / "hf"), *CPU])
-    again, _ = ldm.load_model(small / "hf", name="small")
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in load_checkpoint(ckpt)["ema"].items())
+    net, state = ldm.load_model(small / "hf", name="small")
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in load_checkpoint(ckpt)["ema"].items())
+    assert state["schedule"] == load_checkpoint(ckpt)["schedule"] == "ldm-distilled"
+
+def test_a_distilled_ldm_is_sampled_at_the_times_that_it_learned(small):
+    """Here, and within one of the thousand steps in diffusers; before it, at LDM's own."""
+    ckpt = distil(small, "small", "--updates", "3")
+    before, after = ldm.load_model(small / "small.ckpt", name="small"), ldm.load_model(ckpt)
+    at = lambda loaded, n: [1000 * t for t in Denoiser.of(*loaded).schedule.times(n)]  # noqa: E731
+    assert at(before, 2) == [501, 1, 0] and at(after, 2) == [1000, 500, 0] and at(after, 4)[1:3] == [750, 500]
+    script.main(["--ckpt", str(ckpt), "--export", str(small / "hf"), *CPU])
+    steps = diffusers.DDIMScheduler.from_pretrained(small / "hf" / "scheduler")
+    for n in (2, 4, 8):
+        steps.set_timesteps(n)
+        off = [ours - theirs for ours, theirs in zip(at(after, n), steps.timesteps.tolist(), strict=False)]
+        assert len(off) == n and all(0 <= o <= 1 for o in off)
 
 def test_a_stopped_distillation_goes_on_bit_for_bit(small, monkeypatch):
     """Also with activations computed twice."""

@@ -15,7 +15,7 @@ import sample
 import shortcut
 import train
 from checkpoint import load_checkpoint
-from ddim import Cosine, Denoiser, LDMDiscrete, ddim_inverse, ddim_sample
+from ddim import Cosine, Denoiser, LDMDistilled, ddim_inverse, ddim_sample
 from model import UNet, UNetConfig
 
 SHAPE = 6, 3, 8, 8
@@ -180,10 +180,9 @@ def test_the_same_seed_gives_both_networks_the_same_weights():
         weights.append(UNet(UNetConfig(**TINY, step_length=step_length)).state_dict())
     assert same(weights[0], {k: v for k, v in weights[1].items() if not k.startswith("length")})
 
-@pytest.mark.parametrize("schedule", [Cosine(), LDMDiscrete()])
+@pytest.mark.parametrize("schedule", [Cosine(), LDMDistilled()])
 @pytest.mark.parametrize("steps", [1, 3, 4, 8])
 def test_n_steps_are_n_evaluations_told_1_over_n(schedule, steps):
-    """Of equal length also with LDM's schedule, whose own steps are not."""
     seen = []
     def net(z, t, d):
         seen.append((t, d))
