@@ -28,9 +28,9 @@ def draw_curves(trainer):
         for key in keys:
             points = [(entry["step"], entry[key]) for entry in log if key in entry]
             axis.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 30 else "")
-        positive = all(entry.get(key, 1) > 0 for entry in log for key in keys)
+        values = [entry[key] for entry in log for key in keys if key in entry]
         axis.set(title=title, xlabel="updates")
-        if title in LOGARITHMIC and positive:
+        if title in LOGARITHMIC and min(values) >= 0 < max(values):         # 0: of jumps that have not begun
             axis.set_yscale("log", base=2 if title == "depth" else 10)
         if len(keys) > 1:
             axis.legend()

@@ -377,9 +377,12 @@ class Images:
         """Images number `index` (B,) as (B, channels, H, W) in [-1, 1]; those in the mask `mirrored` (B,) mirrored."""
         pixels = self.pixels[index]
         pixels[mirrored] = pixels[mirrored, :, ::-1]
-        if self.channels == 1:                                # as PIL makes greyscale: ITU-R 601
-            pixels = np.rint(pixels @ np.float32([0.299, 0.587, 0.114]))[..., None]
-        return to_tensor(pixels)
+        return to_tensor(pixels if self.channels == 3 else lightness(pixels))
+
+    def image(self, i):
+        """Image number i as a model of so many channels draws it: (H, W, 3) uint8."""
+        pixels = self.pixels[i]
+        return pixels if self.channels == 3 else lightness(pixels).astype(np.uint8).repeat(3, -1)
 
     def grey(self):
         """Whether a few hundred of the images have no colour."""
@@ -388,6 +391,10 @@ class Images:
 
     def _some(self):
         return np.linspace(0, len(self) - 1, 256).astype(int)
+
+def lightness(pixels):
+    """(…, 3) uint8 to (…, 1) whole numbers, as PIL makes greyscale: ITU-R 601."""
+    return np.rint(pixels @ np.float32([0.299, 0.587, 0.114]))[..., None]
 
 @lru_cache(maxsize=2)                                         # a batch may run across the end of an epoch
 def _epoch(n, seed, epoch):

@@ -87,13 +87,13 @@ class LDMDiscrete(Schedule):
             self.tables[t.device] = self.alpha2.to(t.device, t.dtype)
         return self.tables[t.device][self._step(t).long()].sqrt()
 
-    def _step(self, t):
-        return (self.length * t).round().clamp(0, self.length - 1)
+    def _step(self, t):                                       # in float32: a half must round alike in every precision
+        return (self.length * t.float()).round().clamp(0, self.length - 1)
 
     def shown(self, t):
         """The very step whose α is used: the network was trained on whole steps 0 … 999."""
         if torch.is_tensor(t):
-            return self._step(t) / self.length
+            return (self._step(t) / self.length).to(t.dtype)
         return self._step(torch.tensor(t, dtype=torch.float64)).item() / self.length
 
     def times(self, steps):

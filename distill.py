@@ -25,7 +25,7 @@ from curves import draw_curves
 from data import load_data
 from ddim import WEIGHTS, Denoiser, ddim_target
 from flags import at_least, checkpoint, fraction, optimiser_flags, out_flags, parse_with_saved, run_flags, score_flags
-from hooks import SHOWN, WATCHED, Guard, draw_shown, scorer
+from hooks import SHOWN, WATCHED, Guard, draw_shown, scorer, shown_guidance
 from ldm import MODELS, Latents, image_size, ldm_flag, load_model, model_hash
 from model import param_count
 from plans import METHODS, locate, plan, print_plan
@@ -198,11 +198,8 @@ def parse_args(argv=None):
     g.add_argument("--size", type=at_least(1), help="with --ldm: side of the images in pixels (default: 256)")
     run_flags(g)
     p.set_defaults(times="uniform")                           # of shortcut's rows: the middle did no better
-    args, changed = parse_with_saved(p, argv, defaults)
-    fixed = {"schedule", "ckpt", "ldm", "size", "steps", "updates", "batch", "target_ema", "pool", "seed"} & changed
-    if fixed:
-        p.error(f"--resume can't change {', '.join('--' + f.replace('_', '-') for f in sorted(fixed))}: "
-                f"what the run has done until now depends on it")
+    args = parse_with_saved(p, argv, defaults, fixed=lambda args: {
+        "schedule", "ckpt", "ldm", "size", "steps", "updates", "batch", "ema", "target_ema", "pool", "seed"})
     check(p, args)
     return args
 
@@ -214,6 +211,7 @@ def check(p, args):
          f"--target-ema is for the methods without a teacher; in {args.schedule} the teacher makes the target"),
         (args.data and not (method.data or method.shortcut or args.fid_every),
          f"{args.schedule} reads no data; --data is for pd, shortcut and --fid-every"),
+        (method.shortcut and not args.share, "--share 0: no row would learn to jump"),
         (method.shortcut and args.guidance[0] != args.guidance[1],
          "--guidance: shortcut bakes one weight into the model: give it twice"),
         (not 0 <= args.guidance[0] <= args.guidance[1], "--guidance LOW HIGH: two weights, the lower one first"),
@@ -302,10 +300,13 @@ def remember_before(trainer, source, state):
     """Have the checkpoints of a run hold what the undistilled model draws: the reference of all its looks."""
     model_info = trainer.model_info
     if state:
-        model_info |= {k: state[k] for k in ("before", "reference", "best") if k in state}    # best: after a look
+        kept = "before", "reference", "reference_guidance", "best"        # best: after a look
+        model_info |= {k: state[k] for k in kept if k in state}
     else:
         model_info["before"] = before = broadcast(draw_shown(trainer))
-        model_info["reference"] = source.get("reference", before[-1])     # of a chain, what its first model drew
+        w, _ = shown_guidance(trainer)
+        first = "reference" in source and source.get("reference_guidance") == w     # of a chain, what its first drew
+        model_info |= dict(reference=source["reference"] if first else before[-1], reference_guidance=w)
 
 def main(argv=None):
     args = parse_args(argv)

@@ -349,14 +349,15 @@ def packed_statistics(images, features, batch=64, count=None):
     """Statistics of a packed data set (data.Images), kept beside it: the reference is computed once. On rank 0.
 
     count   how many images, the first of an order that is always the same; None: all"""
-    pixels, source, path = images.pixels, images.folder.name, reference_path(images, features, count)
+    source, path = images.folder.name, reference_path(images, features, count)
     if broadcast(path.exists()):
         return None if rank() else Statistics.load(path)
+    order = range(len(images))
     if count:
-        order, source = np.random.default_rng(0).permutation(len(images))[:count], f"the {len(pixels):,} in {source}"
-        pixels = (images.pixels[i] for i in order)
-    stats = statistics_of_batches(own_batches(pixels, batch), count or len(images), features,
-                                  dict(source=source, prepared=images.preparation), f"reference, {source}")
+        order, source = np.random.default_rng(0).permutation(len(images))[:count], f"the {len(images):,} in {source}"
+    about = dict(source=source, prepared=images.preparation + ", greyscale" * (images.channels == 1))
+    stats = statistics_of_batches(own_batches(map(images.image, order), batch), len(order), features, about,
+                                  f"reference, {source}")
     if stats:
         with locked(images.folder, "scoring"):                # another run may write the same
             stats.save(path)
@@ -364,7 +365,7 @@ def packed_statistics(images, features, batch=64, count=None):
 
 def reference_path(images, features, count=None):
     """Where `packed_statistics` keeps them."""
-    part = f"{count}-" if count else ""
+    part = "grey-" * (images.channels == 1) + (f"{count}-" if count else "")
     return images.folder / f"statistics-{VERSION}-{part}{features.id[-12:]}.npz"
 
 def sampled_statistics(sampler, steps, n, features, provenance, batch=64):
@@ -419,8 +420,11 @@ def fidelity_scorer(sampler, state):
     """A function steps -> `fidelity` of a checkpoint's samples in so many steps, and its spread over noises, as scores.
 
     The reference is the model that it was distilled from, as its checkpoint has it, or else the model itself, in
-    MANY steps. Classes are spread over all, and guidance is that of the sampler."""
-    r = state.get("reference")
+    MANY steps. Classes are spread over all, and guidance is that of the sampler: of a distilled model no score if its
+    reference had another."""
+    r, guidance = state.get("reference"), sampler.w * state.get("guidance", 1)      # one of the two is 1
+    if r is not None and state.get("reference_guidance", guidance) != guidance:
+        return lambda steps: {}
     n = NOISES if r is None else len(r)
     own = Sampler(sampler.xhat.net, state, sampler.device, sampler.dtype,
                   spread_classes(state["config"]["classes"], n), sampler.w)
@@ -436,6 +440,7 @@ def evaluate(args, path, features, device):
     model = dict(hash=model_hash(state), weights="raw" if args.raw else "ema", dtype=sampler.dtype)
     origin = trained_on(state)
     images = load_data(args.data or origin["data"], image_size(state), origin["crop"], args.cache)
+    images.channels = 3 if "ldm" in state else state["shape"][0]
     count = args.real if args.real and args.real < len(images) else None
     def kept(steps):
         """The file of a score."""

@@ -81,11 +81,11 @@ def run_flags(g):
     g.set_defaults(lr_share=1.0)                              # no flag: what --lr-end is of --lr unless given
     device_flags(g, compiled=True)
 
-def parse_with_saved(p, argv, defaults):
+def parse_with_saved(p, argv, defaults, fixed):
     """Parse flags, which beat the settings of the run that --resume names, which beat `defaults`: of a preset, say.
 
     defaults  a function of the flags as given, which returns {name: value}
-    returns   (args, names of the settings that differ from the resumed run's)"""
+    fixed     args -> {names of settings that a resumed run can't change}: others are told"""
     argv = sys.argv[1:] if argv is None else argv
     given = p.parse_args([flag for flag in argv if flag not in ("-h", "--help")])
     settings = defaults(given)
@@ -101,7 +101,11 @@ def parse_with_saved(p, argv, defaults):
         if getattr(args, name) not in (None, "random"):
             setattr(args, name, str(Path(getattr(args, name)).expanduser().absolute()))
     changed = {k for k, v in saved.items() if getattr(args, k, v) != v}
-    if changed - {"updates"}:
+    stays = args.lr_end == args.lr if args.lr_end else args.lr_share == 1      # the rate; one that falls, falls anew
+    if wrong := sorted(changed & fixed(args)):
+        p.error(f"--resume can't change {', '.join('--' + name.replace('_', '-') for name in wrong)}: what the run has "
+                f"done until now depends on it")
+    if changed - ({"updates"} if stays else set()):
         print(f"resuming with another {', '.join(sorted(changed))}: "
               f"no longer the same as a run that was never interrupted")
-    return args, changed
+    return args

@@ -26,14 +26,20 @@ def sampler_of(trainer, count=None, w=1.0):
     y = spread_classes(classes, count or max(1, classes))
     return Sampler(trainer.ema, trainer.model_info, trainer.device, trainer.args.dtype, y, w if y else 1.0)
 
+def shown_guidance(trainer):
+    """(The guidance of `draw_shown`: the one that is built into the model, or the middle of --guidance; what of it the
+    sampler has to add: 1, none, where it is built in)."""
+    built_in = trainer.model_info.get("guidance", 1)
+    w = sum(trainer.args.guidance) / 2 if trainer.net.config.classes and built_in == 1 else 1.0
+    return w * built_in, w
+
 def draw_shown(trainer, steps=None, bar=True):
     """Samples at each of `steps` (SHOWN), from the same noises in every run, not decoded: (rows, NOISES, C, H, W),
-    float32 on the CPU of rank 0. None on the others. Guided by the middle of --guidance, unless that is built in."""
+    float32 on the CPU of rank 0. None on the others."""
     if rank():
         return None
     steps = steps or SHOWN
-    built_in = trainer.model_info.get("guidance", 1) != 1
-    sampler, rows = sampler_of(trainer, NOISES, 1.0 if built_in else sum(trainer.args.guidance) / 2), []
+    sampler, rows = sampler_of(trainer, NOISES, shown_guidance(trainer)[1]), []
     with progress(total=sum(steps), desc="sampling", unit="step", leave=False, quiet=not bar) as shown:
         for s in steps:
             rows.append(sampler.draw(range(NOISES), s).float().cpu().contiguous())
@@ -117,7 +123,8 @@ class Guard:
         """What of a look leaves the band, or comes as near to its edge as `margin`, in words; "" if nothing does.
 
         A fidelity of 0.5 is that of the average picture: less is worse than no picture at all. Where the undistilled
-        model had hardly more, the edge is a little below. Many steps are left out: the paper's methods lose them."""
+        model had hardly more, the edge is a little below. Of many steps, which the paper's methods lose, only those
+        count that the model is for."""
         edge = {f"fidelity_{s}": min(FIDELITY, self.had[f"fidelity_{s}"] - NEAR) for s in self.steps}
         low = [f"{key} {seen[key]:.2f}, below {edge[key]:.2f}" for key in edge if seen[key] < edge[key] + margin]
         high = [f"{key} {seen[key]:.2f}, above {CONTRAST}" for key in (f"contrast_{s}" for s in self.steps)

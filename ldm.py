@@ -412,22 +412,26 @@ def ldm_configs(unet, autoencoder, latent_size):
     return dict(unet=unet_config(unet, latent_size), vqvae=vq, scheduler=steps)
 
 def was_distilled(folder):
-    """Whether an LDM in diffusers' layout is one that `export` wrote after a distillation."""
-    path = Path(folder) / "scheduler" / "scheduler_config.json"
-    return path.exists() and DISTILLED_SPACING in path.read_text()
+    """Whether an LDM in diffusers' layout is to be sampled as `export` writes it of a distilled one."""
+    return config_of(folder, "scheduler").get("timestep_spacing") == DISTILLED_SPACING
+
+def config_of(folder, part):
+    """What the config of a part of a folder in diffusers' layout says, {} if there is none. Raises CheckpointError."""
+    path = Path(folder) / part / f"{'scheduler_' * (part == 'scheduler')}config.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as e:
+        raise CheckpointError(f"error: {path} is no readable JSON ({e})") from None
 
 def check_folder(folder, configs, what):
     """Compare what no shape of a tensor tells; a setting that the file leaves out is taken on trust."""
     for part, ours in configs.items():
-        path = Path(folder) / part / "config.json"
-        try:
-            theirs = json.loads(path.read_text()) if path.exists() else {}
-        except ValueError as e:
-            raise CheckpointError(f"error: {path} is no readable JSON ({e})") from None
+        theirs = config_of(folder, part)
         for key in ("_class_name", "attention_head_dim", "norm_num_groups", "norm_eps", "downsample_padding",
                     "flip_sin_to_cos", "freq_shift"):
             if key in ours and theirs.get(key, ours[key]) != ours[key]:
-                raise CheckpointError(f"error: {what}: {key} in {path} is {theirs[key]}, not {ours[key]}")
+                raise CheckpointError(f"error: {what}: {key} in {Path(folder) / part}/config.json is {theirs[key]}, "
+                                      f"not {ours[key]}")
 
 # ---- any checkpoint -----------------------------------------------------------------------------------------
 def load_model(path, device="cpu", ema=True, name=None, size=None):

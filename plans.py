@@ -44,7 +44,9 @@ def plan(schedule, steps, updates):
     schedule  a name in METHODS;  steps  the start depth N, even;  updates  P, at least one for each depth
     A trajectory of N_i steps makes N_i / 2 updates; the last one of a depth is cut short where its budget ends.
     Raises ValueError for a plan that can't be made."""
-    if steps < 2 or (steps % 2 and not METHODS[schedule].shortcut):      # of shortcut: steps of its own samples
+    if METHODS[schedule].shortcut and steps < 2:
+        raise ValueError(f"--steps {steps}: own samples of one step are not worth learning from")
+    if steps < 2 or (steps % 2 and not METHODS[schedule].shortcut):
         raise ValueError(f"--steps {steps}: the start depth must be even and at least 2, as steps are taken in pairs")
     depths = METHODS[schedule].depths(steps)
     if updates < len(depths):

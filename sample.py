@@ -37,8 +37,9 @@ from runtime import autocast, broadcast, launch, map_over_ranks, memory_format, 
 
 # ---- one batch, one grid --------------------------------------------------------------------------------
 def spread_classes(count, n):
-    """At most about n of `count` classes, spread over all; None for a model without classes."""
-    return list(range(0, count, max(1, count // n))) or None
+    """At most n of `count` classes, spread over all; None for a model without classes."""
+    some = min(count, n)
+    return [i * count // some for i in range(some)] or None
 
 class Sampler:
     """A checkpoint's model made ready to draw images by their number.
@@ -87,9 +88,9 @@ class Sampler:
 
     @torch.no_grad()
     def decode(self, x):
-        """The images of what was drawn (B, C, H, W), on any device: of pixels those themselves."""
+        """The images (B, 3, H, W) of what was drawn (B, C, H, W), on any device: of pixels those themselves."""
         if self.autoencoder is None:
-            return x
+            return x.expand(-1, 3, -1, -1)                    # of greyscale: three times the same
         with autocast(self.device, self.dtype):
             return torch.cat([self.autoencoder.decode(z.to(self.device)) for z in x.split(self.decode_batch)])
 

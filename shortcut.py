@@ -139,7 +139,8 @@ class OwnSamples(Images):
         if not broadcast(path.exists()):
             self._draw(path, shape, sampler, steps, batch)
         broadcast(None)                                       # rank 0 has written all of it
-        self.samples, labels = mapped(path, np.float16, shape), sampler.labels(range(n))
+        self.samples = mapped(path, np.float16, shape)
+        labels = sampler.labels([self.FIRST + i for i in range(n)])
         self.labels = np.zeros(n, int) if labels is None else labels.cpu().numpy()
 
     def __len__(self):

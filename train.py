@@ -141,9 +141,8 @@ def parse_args(argv=None):
     run_flags(g)
     def defaults(given):                                      # jumps want a falling rate, at every step count
         return dict(out="out/train") | PRESETS[given.preset] | (dict(lr_share=0.01) if given.shortcut else {})
-    args, changed = parse_with_saved(p, argv, defaults)
-    if "preset" in changed:
-        p.error("--resume goes on with the settings of its own --preset")
+    args = parse_with_saved(p, argv, defaults, fixed=lambda args: {         # jumps begin halfway, and need an average
+        "preset", "shortcut", *(("updates", "ema", "target_ema") if args.shortcut else ())})
     if not 0 <= args.distill <= 1:
         p.error("--distill must be between 0 and 1: it is b in Equation 1")
     if args.shortcut and not 0 < args.distill < 0.5:

@@ -1,6 +1,6 @@
 """How far does fine-tuning get with so many evaluations? PD, TSD, steadied DSD and shortcut at equal cost.
 
-    python experiments/budgets.py --ckpt out/celeba32 --data celeba-10k.zip --crop 0.787    # 10^4 and 10^5: 3 hours
+    python experiments/budgets.py --ckpt out/celeba32        # 10^4 and 10^5: 3 hours on two cores with AMX
 
 An evaluation is one image through the network once, with a gradient or without; those of shortcut's own samples count.
 Each method has several rates, of one seed; the best of them, by the geometric mean of the quick score at 1 to 8 steps,
@@ -15,7 +15,7 @@ from pathlib import Path
 from common import STEPS, QuickScore, evaluations, heading, pairs, row, seconds, to_the_end, write
 
 import distill
-from checkpoint import file_hash
+from checkpoint import file_hash, load_checkpoint, trained_on
 
 BATCH = 32
 CHOICE = 4                                                    # the first of STEPS, 1 to 8, whose scores choose a rate
@@ -51,9 +51,7 @@ def line(name, runs, budget):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", default="out/train", help="the model to distil, or its folder (default: out/train)")
-    p.add_argument("--data", help="what it was trained on (default: the built-in pictures)")
-    p.add_argument("--crop", type=float)
-    p.add_argument("--size", type=int, default=32)
+    p.add_argument("--data", help="the images that pd and the score read (default: what it was trained on)")
     p.add_argument("--budgets", type=float, nargs="+", choices=RATES, default=[1e4, 1e5],
                    help="evaluations (default: 1e4 1e5; 1e6 is for a GPU)")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
@@ -62,7 +60,9 @@ def main(argv=None):
     p.add_argument("--docs", default="out/budgets", metavar="DIR", help="of the table (default: %(default)s)")
     args = p.parse_args(argv)
     ckpt = str(Path(args.ckpt) / "ckpt.pt") if Path(args.ckpt).is_dir() else args.ckpt
-    score, lines, found = QuickScore(args.data, args.size, args.crop), [], []
+    state, lines, found = load_checkpoint(ckpt), [], []
+    origin = trained_on(state)
+    score = QuickScore(args.data or origin["data"], state["shape"][1], origin["crop"])
 
     def run(method, budget, lr, seed):
         """The scores of a run, made if need be."""

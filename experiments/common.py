@@ -192,11 +192,15 @@ class Experiment:
         self.figures.made("base", lambda: digest)
         return ckpt
 
+    def folder(self, place):
+        """The folder of a run."""
+        return self.runs / file_hash(self.base, 8) / file_name(place)
+
     def distilled(self, place, seed, *stages):
         """The checkpoint of runs of distill.py, each upon the last, in the folder `place`.
 
         stages  pairs (name of a method, its rate)"""
-        out, ckpt = self.runs / file_hash(self.base, 8) / file_name(place), self.base
+        out, ckpt = self.folder(place), self.base
         for i, (name, lr) in enumerate(stages, 1):
             source, ckpt = ckpt, (out if i == len(stages) else out / f"stage-{i}") / "ckpt.pt"
             flags = self.methods[name][0]
@@ -206,9 +210,14 @@ class Experiment:
                 self.args.device, "--log-every", str(distill.parse_args(flags).updates)])     # one look, at its end
         return ckpt
 
+    @staticmethod
+    def place(name, lr, seed):
+        """Where the run of a method at a rate, of a seed, has its folder, which is of the method's name."""
+        return f"{lr:g}-seed{seed}/{name}"
+
     def run(self, name, lr, seed):
-        """The checkpoint of a method at a rate, of a seed, in a folder of the method's name."""
-        return self.distilled(f"{lr:g}-seed{seed}/{name}", seed, (name, lr))
+        """The checkpoint of that run, made if need be."""
+        return self.distilled(self.place(name, lr, seed), seed, (name, lr))
 
     def sampler(self, ckpt, w=1.0):
         """A Sampler of the averaged weights; of a model with classes it draws all in turn."""
@@ -216,10 +225,13 @@ class Experiment:
         return Sampler(net, state, self.device, pick_dtype("auto", self.device), range(net.config.classes) or None, w)
 
     def draw(self, rates, *flags):
-        """NAME.png by sample.py: a row for each step count, the models side by side in it, from the same noises."""
-        found = [unless_broken(partial(self.run, name, lr, self.args.seeds[0])) for name, lr in rates.items()]
-        sample.main(["--ckpt", *map(str, [self.base, *filter(None, found)]), *flags, "--device", self.args.device,
-                     "--out", str(self.args.out / f"{self.name}.png")])
+        """NAME.png by sample.py: a row for each step count, the models side by side in it, from the same noises.
+
+        None is drawn where a run of the first seed is not here: it was made elsewhere, or it fell apart."""
+        found = [self.folder(self.place(name, lr, self.args.seeds[0])) / "ckpt.pt" for name, lr in rates.items()]
+        if all(map(Path.exists, found)):
+            sample.main(["--ckpt", *map(str, [self.base, *found]), *flags, "--device", self.args.device, "--out",
+                         str(self.args.out / f"{self.name}.png")])
 
     # ---- figures ----
     def sitting(self, make, page):
@@ -417,7 +429,7 @@ def claims_table(claims, columns, figures, values, by=""):
 
 VERDICTS = ("A claim holds where every seed has the lower score, does not where none has, and is undecided where they "
             "overlap: there more seeds would decide (`--seeds`). Of two equal methods three seeds each are parted by "
-            "chance one time in ten, and from a single value (the undistilled model, the data) one time in four. –: "
+            "chance one time in ten, and from a single value (the undistilled model, the data) one time in two. –: "
             "fewer than two seeds.")
 
 def seeds_of(figures, name):

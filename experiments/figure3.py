@@ -1,8 +1,9 @@
 """Figure 3: does self-distillation help while a model is trained? Scores along the run, and at its end in all steps.
 
-    python experiments/figure3.py                                         # built-in pictures; 1 1/2 hours on a thread
-    python experiments/figure3.py --data celeba-10k.zip                   # faces at 32x32; 3 hours, for the same page
-    python experiments/figure3.py --seeds 1 --data celeba-10k.zip         # elsewhere: of one seed
+    python experiments/figure3.py                                  # built-in pictures; 3 hours on an old core
+    python experiments/figure3.py --data celeba-10k.zip            # faces of 16x16, for the same page; as long
+    python experiments/figure3.py --data celeba-10k.zip --size 32  # of 32x32: four times as long
+    python experiments/figure3.py --seeds 1                        # elsewhere: of one seed
 
 Trains plainly, with Equation 1, and told how far it jumps (docs/shortcut.md), for the same time each, and fine-tunes
 the plain model. Writes out/figure3/figure3.md, .json and .png (--out docs: adds to the page of the docs), and pictures
@@ -31,6 +32,7 @@ from common import (
     to_the_end,
     write,
 )
+from table2 import SIZES
 
 import distill
 import sample
@@ -41,17 +43,19 @@ from rundir import read_log
 from runtime import pick_device
 
 SCORED, POINTS = (4, 64), 4                                   # steps, and how often along a run
+FACES = ["--crop", "0.787", "--ema", "0.998"]
 SETS = {                                                      # flags of training, and the updates that `share` is of
     "built-in": ([], 2000),
-    "faces": (["--crop", "0.787", "--size", "32", "--model", "small32", "--ema", "0.998"], 3000),
+    "faces, 16x16": (FACES + SIZES[16], 2000),
+    "faces, 32x32": (FACES + SIZES[32], 3000),
 }
 # The share of updates with which the trainings take the same time. Evaluations for each image of a batch: one with a
 # gradient and, of Equation 1, one more; two for each row that jumps; one for each that is anchored.
 TRAIN = ["--lr-end", "1e-5", "--sample-every", "0"]
 KINDS = {
     "plain": dict(share=1.2, evaluations=1, flags=["--distill", "0", *TRAIN]),
-    "Equation 1": dict(share=0.875, evaluations=2, flags=["--distill", "0.15", *TRAIN]),
-    "shortcut": dict(share=1, evaluations=1.5, flags=["--distill", "0.25", "--shortcut", *TRAIN]),
+    "Equation 1": dict(share=1, evaluations=2, flags=["--distill", "0.15", *TRAIN]),
+    "shortcut": dict(share=1.07, evaluations=1.5, flags=["--distill", "0.25", "--shortcut", *TRAIN]),
 }
 AFTER, TUNED = "plain, then shortcut", ["--schedule", "shortcut"]
 NAMES = [*KINDS, AFTER]
@@ -103,7 +107,7 @@ def made(args, images, name, seed, quick):
 
 def make(args, figures):
     """All runs that are missing, of one data set, and a picture of their samples."""
-    images = "faces" if args.data else "built-in"
+    images = f"faces, {args.size}x{args.size}" if args.data else "built-in"
     missing = [(name, seed) for seed in args.seeds for name in NAMES
                if f"{images}, {name}, seed {seed}" not in figures.values]
     if missing:
@@ -117,7 +121,7 @@ def make(args, figures):
     runs = [str(place(args, images, name, args.seeds[0]) / "ckpt.pt") for name in NAMES]
     if all(map(Path.exists, map(Path, runs))):
         sample.main(["--ckpt", *runs, "--steps", "1", "2", "4", "64", "--device", args.device,
-                     "--out", str(args.out / f"figure3-{images}.png")])
+                     "--out", str(args.out / f"figure3-{file_name(images)}.png")])
 
 def page(args, figures):
     """The tables in Markdown, of the last scores, and the picture."""
@@ -154,7 +158,11 @@ def draw(found, sets, path):
     plt.close(figure)
 
 def main(argv=None):
-    args = shared_flags("figure3", __doc__, samples=512).parse_args(argv)
+    p = shared_flags("figure3", __doc__, samples=512)
+    p.add_argument("--size", type=int, choices=SIZES, default=16, help="of faces (default: 16)")
+    args = p.parse_args(argv)
+    if args.size != 16 and not args.data:
+        p.error("--size is of faces: give them as --data")
     figures = Figures(args.out / "figure3.json", dict(samples=args.n), ROOT / args.runs)
     if args.seeds:
         make(args, figures)

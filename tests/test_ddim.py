@@ -169,6 +169,17 @@ def test_an_ldms_network_sees_the_very_step_whose_alpha_is_used():
         alpha2 = schedule.alpha2[round(step)]
         assert_close(schedule(float(step) / 1000)[0].square(), alpha2)
 
+@pytest.mark.parametrize("steps", [80, 160, 400])
+def test_halves_of_a_step_round_alike_in_every_precision(steps):
+    """1000 i / N is often a half, which float32 and float64 put on different sides."""
+    schedule, t = LDMDiscrete(), torch.arange(steps + 1, dtype=torch.float64) / steps
+    alone = [schedule.shown(i / steps) for i in range(steps + 1)]
+    for times in (t, t.float()):
+        shown = schedule.shown(times)
+        assert_close(shown.double(), torch.tensor(alone, dtype=torch.float64), rtol=0, atol=1e-7)
+        alphas = schedule.alpha2[(1000 * shown).round().long()]
+        assert_close(schedule(times)[0].flatten().square().double(), alphas, rtol=0, atol=1e-6)
+
 @pytest.mark.parametrize("kind,name", [("v", "cosine"), ("x", "cosine"), ("eps", "ldm"), ("v", "ldm")])
 @pytest.mark.parametrize("steps", [2, 7])
 def test_data_in_one_point_is_sampled_exactly_in_n_evaluations(kind, name, steps):

@@ -17,7 +17,7 @@ import hooks
 import sample
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from ddim import Cosine, Denoiser, LDMDiscrete
-from fid import fidelity
+from fid import fidelity, fidelity_scorer
 from model import UNet, UNetConfig
 from plans import METHODS, locate, plan
 from trainer import Trainer
@@ -389,6 +389,23 @@ def test_a_conditional_model_is_distilled_with_guidance(tmp_path):
     state = load_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert state["classes"] == ["a", "b"] and 1 <= state["carried"]["w"].max() <= 2
 
+def test_fidelity_compares_samples_of_one_guidance(tmp_path):
+    """A reference that was drawn with another is none: fid.py leaves fidelity out, and a chain draws its own."""
+    torch.manual_seed(0)
+    ckpt = write_ckpt(UNet(UNetConfig(**TINY, classes=2)), tmp_path / "c" / "ckpt.pt", ["a", "b"])
+    distill.main([*flags(ckpt, tmp_path / "one", updates=3, lr=1e-9), "--guidance", "1", "3"])
+    one = load_checkpoint(tmp_path / "one" / "ckpt.pt")
+    assert one["reference_guidance"] == 2
+    net, state = load_model(tmp_path / "one" / "ckpt.pt")
+    at = lambda w: fidelity_scorer(sample.Sampler(net, state, classes=[0, 1], w=w), state)(64)  # noqa: E731
+    assert at(2.0)["fidelity"] == pytest.approx(1, abs=1e-3) and at(1.0) == {}
+    for w, same_reference in ((2, True), (1, False)):
+        out = tmp_path / f"chain{w}"
+        distill.main([*flags(tmp_path / "one" / "ckpt.pt", out, updates=3, lr=1e-9), "--guidance", str(w), str(w)])
+        two = load_checkpoint(out / "ckpt.pt")
+        assert two["reference_guidance"] == w and torch.equal(two["reference"], one["reference"]) == same_reference
+        assert log_of(out)[-1]["fidelity_64"] == pytest.approx(1, abs=1e-3)
+
 def test_a_run_that_is_lost_ends_with_its_best_model_in_place(ckpt, tmp_path):
     """And --no-guard lets it go where it will."""
     lost = flags(ckpt, tmp_path / "out", lr=0.3, updates=40, warmup=0)
@@ -449,6 +466,8 @@ def test_what_cant_work_is_refused(ckpt, tmp_path, capsys):
                       (["--schedule", "tsd", "--target-ema", "0.9"], "teacher"), (["--target-ema", "1"], "below 1"),
                       (["--stagger"], "unrecognized"), (["--for-steps", "3"], "invalid choice"),
                       (["--weight", "logsnr"], "invalid choice"),
+                      (["--schedule", "shortcut", "--share", "0"], "no row"),
+                      (["--schedule", "shortcut", "--steps", "1"], "own samples of one step"),
                       (["--guidance", "3", "1"], "lower one first"), (["--out", str(ckpt.parent)], "folder of --ckpt")):
         with pytest.raises(SystemExit):
             distill.main([*flags(ckpt, out), *bad])
@@ -462,6 +481,9 @@ def test_what_cant_work_is_refused(ckpt, tmp_path, capsys):
     with pytest.raises(SystemExit):
         distill.main(["--resume", "--out", str(out), "--updates", "20"])
     assert "can't change --updates" in capsys.readouterr().err
+    with pytest.raises(SystemExit):                           # --target-ema may be that same average
+        distill.main(["--resume", "--out", str(out), "--ema", "0.5"])
+    assert "can't change --ema" in capsys.readouterr().err
 
 def test_scores_on_the_way(ckpt, tmp_path):
     distill.main([*flags(ckpt, tmp_path / "out", updates=3), "--fid-every", "3", "--fid-samples", "4", "--weights",

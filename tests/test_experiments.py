@@ -119,17 +119,18 @@ def test_claims(place, tmp_path, monkeypatch, capsys):
     assert cells(page, "PD with many more, 2,048, beats DSDI's 128") == ["–", "–"]
 
 def test_figure3(place, tmp_path, monkeypatch, capsys):
-    sets = dict.fromkeys(("built-in", "faces"), (BASE, 4))
+    sets = dict.fromkeys(("built-in", "faces, 16x16"), (BASE, 4))
     tuned = ["--schedule", "shortcut", *P, "--pool", "2", "--updates", "2"]
     for name, value in (("SETS", sets), ("POINTS", 2), ("TUNED", tuned), ("STEPS", (1, 2)), ("SCORED", (1, 2))):
         monkeypatch.setattr(figure3, name, value)
     figures, page = rehearse(figure3, place, tmp_path, monkeypatch, capsys)
     for kind, last in (("plain", 5), ("Equation 1", 4), ("shortcut", 4)):
-        run = figures[f"faces, {kind}, seed 1"]
+        run = figures[f"faces, 16x16, {kind}, seed 1"]
         assert [step for step, _ in run["curve"]] == [2, last] and run["curve"][-1][1] == run["last"]
-    assert len({json.dumps(figures[f"faces, {name}, seed 0"]) for name in figure3.NAMES}) == 4
-    last = [figures[f"faces, plain, seed {seed}"]["last"][0][0] for seed in (0, 1)]
-    assert cells(page, "plain")[1].startswith(f"{sum(last) / 2:.3g} ± ") and (tmp_path / "figure3-faces.png").exists()
+    assert len({json.dumps(figures[f"faces, 16x16, {name}, seed 0"]) for name in figure3.NAMES}) == 4
+    last = [figures[f"faces, 16x16, plain, seed {seed}"]["last"][0][0] for seed in (0, 1)]
+    assert cells(page, "plain")[1].startswith(f"{sum(last) / 2:.3g} ± ")
+    assert (tmp_path / "figure3-faces-16x16.png").exists()
 
 @pytest.mark.parametrize("start,best,tried", [(1, 4, [0, 1, 2, 3, 4, 5]), (5, 4, [3, 4, 5, 6]), (4, 4, [3, 4, 5]),
                                               (1, 0, [0, 1, 2]), (8, 9, [7, 8, 9])])
@@ -171,8 +172,7 @@ def test_guard_and_budgets(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(budgets, "RATES", {400: dict(tsd=[1e-2, 1e-3])})
     monkeypatch.setattr(budgets, "QuickScore", partial(common.QuickScore, n=8))
     monkeypatch.setattr(budgets, "STEPS", (1, 2, 3, 4, 5))
-    call = [*flags, str(tmp_path / "budgets"), "--budgets", "400", "--methods", "tsd", "--seeds", "0", "1", "--size",
-            "8"]
+    call = [*flags, str(tmp_path / "budgets"), "--budgets", "400", "--methods", "tsd", "--seeds", "0", "1"]
     monkeypatch.setattr(budgets, "BATCH", 22)                 # so that tsd gets an update for each depth
     budgets.main(call)
     found = json.loads((tmp_path / "budgets.json").read_text())

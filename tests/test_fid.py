@@ -531,6 +531,16 @@ def test_a_model_is_scored_as_its_saved_images_would_be(tmp_path, tiny, model):
     assert "| model | images | 2 | 3 |" in text and "| run | 10 |" in text and "Against 12 of data-8" in text
     assert "seed 0, ema weights, fp32, guidance 1" in text
 
+def test_greyscale_models_are_scored_against_the_lightness_of_the_data(tmp_path, tiny):
+    images = fid.load_data(folder_of(tmp_path / "data", pictures(12)), 8, None, tmp_path / "cache")
+    colour = fid.packed_statistics(images, tiny)
+    images.channels = 1
+    grey = fid.packed_statistics(images, tiny)
+    lightness = [np.asarray(Image.fromarray(p).convert("L").convert("RGB")) for p in images.pixels]
+    folder_of(tmp_path / "grey", lightness)
+    assert_close(grey.mu, statistics_of(tmp_path / "grey", tiny).mu, rtol=0, atol=0.01)
+    assert np.abs(grey.mu - colour.mu).max() > 0.01 and grey.provenance["prepared"].endswith("greyscale")
+
 def test_an_interrupted_evaluation_goes_on(tmp_path, tiny, model, monkeypatch):
     drawn, original = [], sampling.Sampler.__call__
 

@@ -27,9 +27,8 @@ def test_the_exact_denoiser_is_the_posterior_mean(mixture):
     assert_close(got, (p[:, None] * x).sum(0).float(), atol=0.01, rtol=0)
 
 def test_many_steps_with_the_exact_denoiser_give_the_exact_distribution(mixture):
-    exact, *others = (mixture.draw(4000, torch.Generator().manual_seed(s))[:, :, 0, 0] for s in range(2, 12))
-    floor = max(lab.distance(exact, other) for other in others)       # what exact sets of samples differ by
-    assert lab.distance(lab.points(mixture, 256), exact) < 1.2 * floor
+    found = lab.distance(lab.points(mixture, 256), lab.exact_points(mixture, 4000))
+    assert found < 1.2 * max(lab.noise_of_distances(mixture))
 
 def test_the_trained_model_samples_as_the_exact_one(mixture, net):
     for ours, exact in zip(lab.distances(net, mixture), lab.distances(mixture, mixture), strict=True):

@@ -462,6 +462,11 @@ def test_a_distilled_ldm_is_scored_and_exported(small):
     net, state = ldm.load_model(small / "hf", name="small")
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in load_checkpoint(ckpt)["ema"].items())
     assert state["schedule"] == load_checkpoint(ckpt)["schedule"] == "ldm-distilled"
+    config = small / "hf" / "scheduler" / "scheduler_config.json"
+    told = json.loads(config.read_text())
+    for other, schedule in ((dict(timestep_spacing="leading", note="not trailing"), "ldm"), ({}, "ldm-distilled")):
+        config.write_text(json.dumps(told | other))
+        assert ldm.load_model(small / "hf", name="small")[1]["schedule"] == schedule
 
 def test_a_distilled_ldm_is_sampled_at_the_times_that_it_learned(small):
     """Here, and within one of the thousand steps in diffusers; before it, at LDM's own."""

@@ -221,6 +221,11 @@ def test_classes_are_chosen_by_name_or_number_and_saved(ckpt3, tmp_path):
     a, b = (np.load(tmp_path / name)["arr_0"] for name in ("two.npz", "guided.npz"))
     assert (a != b).any()
 
+@pytest.mark.parametrize("count,n,found", [(0, 5, None), (3, 5, [0, 1, 2]), (5, 3, [0, 1, 3]),
+                                           (1000, 4, [0, 250, 500, 750])])
+def test_a_few_classes_are_spread_over_all(count, n, found):
+    assert script.spread_classes(count, n) == found
+
 def test_guidance_is_the_formula_with_the_null_class(tmp_path):
     net = make_checkpoint(tmp_path / "ckpt.pt", classes=3)
     state = dict(schedule="cosine", predicts="v", shape=[3, 8, 8])

@@ -240,6 +240,15 @@ def test_fine_tuning_without_data(trained, tmp_path, extra):
     want = sample.Sampler(net, s, torch.device("cpu"), "fp32").draw([shortcut.OwnSamples.FIRST + 7], 4)
     assert_close(torch.from_numpy(samples[7:8]).float(), want, rtol=1e-2, atol=1e-2)
 
+def test_own_samples_have_the_labels_that_they_were_drawn_with(tmp_path):
+    """Of any number of classes: three do not divide the number of the first one's noise."""
+    net = UNet(UNetConfig(**TINY, classes=3))
+    sampler = sample.Sampler(net, dict(schedule="cosine", predicts="v", shape=SHAPE[1:]), classes=range(3))
+    real, seen = sampler.draw, []
+    sampler.draw = lambda numbers, steps: (seen.append(sampler.labels(numbers)), real(numbers, steps))[1]
+    pool = shortcut.OwnSamples(tmp_path, sampler, 7, 2, 4, [])
+    assert pool.labels.tolist() == torch.cat(seen).tolist() and len(set(pool.labels)) == 3
+
 def test_the_path_that_a_model_takes_on_is_that_of_the_seed(trained, tmp_path):
     """Whatever else a process did before."""
     def path(seed):

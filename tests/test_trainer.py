@@ -186,6 +186,20 @@ def test_resume_asks_for_more_updates_when_finished_and_warns_of_changes(small_r
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 7
     assert [e["step"] for e in log_of(tmp_path / "out")] == list(range(1, 8))
 
+def test_more_updates_are_told_where_the_rate_falls(small_run, tmp_path, capsys):
+    """It falls anew, from where it had not been; a rate that stays makes the longer run."""
+    for lr_end, told in (("1e-5", True), ("2e-3", False)):
+        train.main([*small_run, "--updates", "2", "--lr", "2e-3", "--lr-end", lr_end, "--overwrite"])
+        train.main(["--resume", "--out", str(tmp_path / "out"), "--updates", "3"])
+        assert ("resuming with another updates" in capsys.readouterr().out) == told
+
+@pytest.mark.parametrize("change", [["--updates", "4"], ["--ema", "0.5"], ["--target-ema", "0.5"]])
+def test_what_jumps_depend_on_does_not_change_on_the_way(change, small_run, tmp_path, capsys):
+    train.main([*small_run, "--updates", "2", "--distill", "0.25", "--shortcut"])
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "--out", str(tmp_path / "out"), *change])
+    assert f"--resume can't change {change[0]}: what the run has done" in capsys.readouterr().err
+
 def test_a_flag_that_is_newer_than_a_run_is_as_if_not_given(small_run, tmp_path):
     """The toy's preset draws times from the middle; a run of before that flag goes on as it began."""
     train.main([*small_run, "--updates", "2"])
