@@ -12,6 +12,7 @@ import figure3
 import guard
 import pytest
 import second_term
+import settings
 import table2
 import torch
 from conftest import SMALL_RUN, labelled_images
@@ -41,13 +42,13 @@ def quick_features(monkeypatch):
     features = inception.Features(Tiny(), inception.RANDOM, torch.device("cpu"))
     monkeypatch.setattr(fid, "load_features", lambda *a: features)
 
-def rehearse(script, flags, out, monkeypatch, capsys):
+def rehearse(script, flags, out, monkeypatch, capsys, picture=True):
     """Run a script, and again for its page alone: its figures, and that page."""
     name = script.__name__
     script.main(flags)
     assert re.search(r"(\d+) runs and scores to make: about \d+\.\d h", capsys.readouterr().err)
     made, page = ((out / f"{name}.{kind}").read_text() for kind in ("json", "md"))
-    assert (out / f"{name}.png").exists()
+    assert (out / f"{name}.png").exists() == picture
     monkeypatch.setattr(common, "to_the_end", None)           # a run or a score would now be an error
     monkeypatch.setattr(fid, "frechet_distance", None)
     script.main([*flags, "--seeds"])
@@ -117,6 +118,16 @@ def test_claims(place, tmp_path, monkeypatch, capsys):
     both, alone = ([figures[f"{name}, seed {seed}"]["scores"][0][0] for seed in (0, 1)] for name in orders)
     assert cells(page, "beats the other order")[0] == common.verdict(both, alone)
     assert cells(page, "PD with many more, 2,048, beats DSDI's 128") == ["–", "–"]
+
+def test_settings(place, tmp_path, monkeypatch, capsys):
+    half = ["--schedule", "shortcut", "--updates", "3", "--warmup", "0", "--pool", "4", *P]
+    methods = {name: ([*half, *flags], None) for name, flags in settings.SETTINGS.items() if "--pool" not in flags}
+    for name, value in (("BASE", BASE), ("SIZES", {16: ["--size", "8"]}), ("METHODS", methods), ("STEPS", (1, 2))):
+        monkeypatch.setattr(settings, name, value)
+    figures, page = rehearse(settings, place, tmp_path, monkeypatch, capsys, picture=False)
+    assert len({json.dumps(figures[f"{name}, seed 0"]) for name in methods}) == len(methods)      # each does something
+    last = [figures[f"twice the rate, seed {seed}"]["scores"][1][0] for seed in (0, 1)]
+    assert cells(page, "twice the rate | `--lr 1e-3`")[-1].startswith(f"{sum(last) / 2:.3g} ± ")
 
 def test_figure3(place, tmp_path, monkeypatch, capsys):
     sets = dict.fromkeys(("built-in", "faces, 16x16"), (BASE, 4))
