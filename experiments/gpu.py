@@ -32,6 +32,7 @@ from common import to_the_end
 from gradients import METHODS, gradients
 
 import fid
+import hooks
 import sample
 import train
 from checkpoint import whole_file
@@ -168,6 +169,7 @@ def rehearse():
     MODELS.update({name: small(model) for name, model in MODELS.items()})
     bench.matmul_peak, bench.memory_of = partial(bench.matmul_peak, n=256, repeats=1), bench.peak
     torch.compile = partial(torch.compile, backend="eager")
+    hooks.SHOWN, fid.MANY = (1, 2, 4, 8), 8
 
 def work(name, args, pipe):
     """Do a piece, in a process of its own, and send what came of it."""

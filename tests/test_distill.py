@@ -9,11 +9,13 @@ from dataclasses import asdict
 import pytest
 import torch
 from conftest import TINY, labelled_images, log_of, same, start
+from test_fid import Tiny
 from torch import nn
 from torch.testing import assert_close
 
 import distill
 import hooks
+import inception
 import sample
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from ddim import Cosine, Denoiser, LDMDiscrete
@@ -485,7 +487,9 @@ def test_what_cant_work_is_refused(ckpt, tmp_path, capsys):
         distill.main(["--resume", "--out", str(out), "--ema", "0.5"])
     assert "can't change --ema" in capsys.readouterr().err
 
-def test_scores_on_the_way(ckpt, tmp_path):
+def test_scores_on_the_way(ckpt, tmp_path, monkeypatch):
+    tiny = inception.Features(Tiny(), inception.RANDOM, CPU)
+    monkeypatch.setattr(hooks, "load_features", lambda *a: tiny)
     distill.main([*flags(ckpt, tmp_path / "out", updates=3), "--fid-every", "3", "--fid-samples", "4", "--weights",
                   "random", "--data", labelled_images(tmp_path / "data"), "--cache", str(tmp_path / "cache")])
     scores = [e for e in log_of(tmp_path / "out") if "rFID (random features)" in e]

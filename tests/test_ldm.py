@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import log_of
 from PIL import Image
+from test_fid import Tiny
 from torch.testing import assert_close
 
 import data
@@ -28,6 +29,7 @@ import distill
 import export
 import fid
 import hooks
+import inception
 import ldm
 import sample as script
 from checkpoint import CheckpointError, load_checkpoint
@@ -433,8 +435,8 @@ def test_an_unconditional_ldm_draws_images_of_another_size(small):
 @pytest.mark.parametrize("schedule", ["dsdi", "tsd", "pd", "shortcut"])
 def test_an_ldm_is_distilled_and_the_result_needs_nothing_else(small, schedule, capsys):
     """The checkpoint samples, is scored and exported without the file it came from; its autoencoder is that file's."""
-    reads = ["--data", str(small / "data")] if schedule == "pd" else []
-    ckpt = distil(small, "small-class", "--schedule", schedule, "--updates", "6", "--lr", "1e-4", *reads)
+    more = {"pd": ["--data", str(small / "data")], "shortcut": ["--pool", "9"]}.get(schedule, [])
+    ckpt = distil(small, "small-class", "--schedule", schedule, "--updates", "6", "--lr", "1e-4", *more)
     source = ldm.load_model(small / "small-class.ckpt", name="small-class")[1]
     (small / "small-class.ckpt").unlink()
     net, state = ldm.load_model(ckpt)
@@ -448,7 +450,10 @@ def test_an_ldm_is_distilled_and_the_result_needs_nothing_else(small, schedule, 
     files = {p.name for p in ckpt.parent.iterdir() if not p.name.startswith("pool-")}
     assert files == {"best.pt", "ckpt.pt", "curves.png", "log.jsonl", "samples-000006.png"}
 
-def test_a_distilled_ldm_is_scored_and_exported(small):
+def test_a_distilled_ldm_is_scored_and_exported(small, monkeypatch):
+    tiny = inception.Features(Tiny(), inception.RANDOM, torch.device("cpu"))
+    for module in (fid, hooks):
+        monkeypatch.setattr(module, "load_features", lambda *a: tiny)
     ckpt = distil(small, "small", "--updates", "3", "--fid-every", "3", "--fid-samples", "4", "--weights", "random",
                   "--data", str(small / "data"))
     scores = ["--weights", "random", "--data", str(small / "data"), "--cache", str(small / "cache"), "-n", "4", *CPU]
