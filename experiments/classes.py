@@ -20,7 +20,7 @@ from data import load_data, to_tensor
 from pictures import SHAPES, draw_picture
 from runtime import progress
 
-STEPS = 1, 2, 4, 8, 64
+STEPS = 1, 2, 4, 8, 16
 BASE = ["--classes", "--updates", "3000", "--lr-end", "1e-5", "--sample-every", "0"]
 P = ["--updates", "128", "--batch", "32"]
 METHODS = {                                                   # flags, and the rate to begin the search at

@@ -26,6 +26,11 @@ def small_run(tmp_path):
     return [*SMALL_RUN, "--data", labelled_images(tmp_path / "data"), "--cache", str(tmp_path / "cache"),
             "--out", str(tmp_path / "out")]
 
+@pytest.fixture
+def few_looks(monkeypatch):
+    """Distillations look at samples of 8 steps at most, where a test is about something else: a fifth of the time."""
+    monkeypatch.setattr("hooks.SHOWN", (1, 2, 4, 8))
+
 def log_of(out):
     """The entries of a run's log."""
     lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]

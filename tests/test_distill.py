@@ -311,7 +311,7 @@ def test_guided_prediction_is_what_is_distilled():
 
 # ---- runs ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("schedule", [name for name, method in METHODS.items() if not method.shortcut])
-def test_the_command_line_end_to_end(schedule, ckpt, tmp_path, monkeypatch, capsys):
+def test_the_command_line_end_to_end(few_looks, schedule, ckpt, tmp_path, monkeypatch, capsys):
     """Checkpoint, log and picture; only pd reads data; sample.py and fid.py take the result as any other."""
     if not METHODS[schedule].data:
         monkeypatch.setattr(distill, "load_data", lambda *a: pytest.fail("a data-free method read data"))
@@ -336,7 +336,7 @@ def test_the_command_line_end_to_end(schedule, ckpt, tmp_path, monkeypatch, caps
     sample.main(["--ckpt", str(out / "ckpt.pt"), "--steps", "2", "-n", "2", "--device", "cpu"])
     assert (out / "grid.png").exists() and f"{schedule}, 12 updates from 8 steps" in capsys.readouterr().out
 
-def test_a_distilled_model_can_be_distilled_again(ckpt, tmp_path):
+def test_a_distilled_model_can_be_distilled_again(few_looks, ckpt, tmp_path):
     distill.main(["--schedule", "dsdn", *flags(ckpt, tmp_path / "a")])
     distill.main(["--schedule", "tsd", *flags(tmp_path / "a" / "ckpt.pt", tmp_path / "b")])
     state = load_checkpoint(tmp_path / "b" / "ckpt.pt")
@@ -378,13 +378,13 @@ def test_ldms_models_learn_the_jumps_of_equal_steps(schedule, monkeypatch):
     grid = {(i / n, (i - 1) / n, (i - 2) / n) for n in (8, 4, 2) for i in range(n, 0, -2)}
     assert jumps <= grid and len(jumps) >= 6
 
-def test_the_source_is_not_deleted_by_its_own_distillation(ckpt, tmp_path, capsys):
+def test_the_source_is_not_deleted_by_its_own_distillation(few_looks, ckpt, tmp_path, capsys):
     distill.main(flags(ckpt, tmp_path / "out"))
     with pytest.raises(SystemExit):
         distill.parse_args(flags(tmp_path / "out" / "best.pt", tmp_path / "out", overwrite="")[:-1])
     assert "--out is the folder of --ckpt" in capsys.readouterr().err and (tmp_path / "out" / "best.pt").exists()
 
-def test_a_conditional_model_is_distilled_with_guidance(tmp_path):
+def test_a_conditional_model_is_distilled_with_guidance(few_looks, tmp_path):
     torch.manual_seed(0)
     ckpt = write_ckpt(UNet(UNetConfig(**TINY, classes=2)), tmp_path / "c" / "ckpt.pt", ["a", "b"])
     distill.main([*flags(ckpt, tmp_path / "out"), "--guidance", "1", "2"])
@@ -408,7 +408,7 @@ def test_fidelity_compares_samples_of_one_guidance(tmp_path):
         assert two["reference_guidance"] == w and torch.equal(two["reference"], one["reference"]) == same_reference
         assert log_of(out)[-1]["fidelity_64"] == pytest.approx(1, abs=1e-3)
 
-def test_a_run_that_is_lost_ends_with_its_best_model_in_place(ckpt, tmp_path):
+def test_a_run_that_is_lost_ends_with_its_best_model_in_place(few_looks, ckpt, tmp_path):
     """And --no-guard lets it go where it will."""
     lost = flags(ckpt, tmp_path / "out", lr=0.3, updates=40, warmup=0)
     with pytest.raises(SystemExit, match=r"are lost: fidelity_\d .*best\.pt has the best until now, of update \d+\."):
@@ -431,7 +431,7 @@ def test_the_model_of_the_best_fidelity_is_kept(ckpt, tmp_path, capsys):
     again = fidelity(x, best["reference"])[0]
     assert abs(again - [e for e in log_of(tmp_path / "out") if e["step"] == best["step"]][0]["fidelity_8"]) < 1e-3
 
-def test_a_run_of_an_older_version_is_refused_before_anything_is_touched(ckpt, tmp_path):
+def test_a_run_of_an_older_version_is_refused_before_anything_is_touched(few_looks, ckpt, tmp_path):
     distill.main(flags(ckpt, tmp_path / "out"))
     state, log = load_checkpoint(tmp_path / "out" / "ckpt.pt"), (tmp_path / "out" / "log.jsonl").read_bytes()
     save_checkpoint(tmp_path / "out" / "ckpt.pt", {k: v for k, v in state.items() if k != "reference"} | dict(step=5))
@@ -439,14 +439,14 @@ def test_a_run_of_an_older_version_is_refused_before_anything_is_touched(ckpt, t
         distill.main(["--resume", "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "log.jsonl").read_bytes() == log
 
-def test_a_chain_is_compared_with_its_first_model(ckpt, tmp_path):
+def test_a_chain_is_compared_with_its_first_model(few_looks, ckpt, tmp_path):
     """The reference is handed on: what the middle model spoiled counts as spoiled."""
     distill.main([*flags(ckpt, tmp_path / "a", lr=1e-2), "--no-guard"])
     distill.main([*flags(tmp_path / "a" / "ckpt.pt", tmp_path / "b"), "--no-guard"])
     a, b = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in "ab")
     assert torch.equal(a["reference"], b["reference"]) and not torch.equal(b["before"][-1], b["reference"])
 
-def test_a_loss_that_is_not_finite_ends_the_run(ckpt, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_ends_the_run(few_looks, ckpt, tmp_path, monkeypatch):
     real = distill.distillation_loss
     calls = []
 
@@ -460,7 +460,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(ckpt, tmp_path, monkeypatch):
         distill.main(flags(ckpt, tmp_path / "out"))
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 5
 
-def test_what_cant_work_is_refused(ckpt, tmp_path, capsys):
+def test_what_cant_work_is_refused(few_looks, ckpt, tmp_path, capsys):
     out = tmp_path / "out"
     with pytest.raises(SystemExit, match="no checkpoint at .*python train.py"):
         distill.main(flags(tmp_path / "no.pt", out))
