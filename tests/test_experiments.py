@@ -138,7 +138,7 @@ def test_figure3(place, tmp_path, monkeypatch, capsys):
     for kind, last in (("plain", 5), ("Equation 1", 4), ("shortcut", 4)):
         run = figures[f"faces, 16x16, {kind}, seed 1"]
         assert [step for step, _ in run["curve"]] == [2, last] and run["curve"][-1][1] == run["last"]
-    assert len({json.dumps(figures[f"faces, 16x16, {name}, seed 0"]) for name in figure3.NAMES}) == 4
+    assert len({json.dumps(figures[f"faces, 16x16, {name}, seed 0"]) for name in figure3.NAMES}) == len(figure3.NAMES)
     last = [figures[f"faces, 16x16, plain, seed {seed}"]["last"][0][0] for seed in (0, 1)]
     assert cells(page, "plain")[1].startswith(f"{sum(last) / 2:.3g} ± ")
     assert (tmp_path / "figure3-faces-16x16.png").exists()
