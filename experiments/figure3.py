@@ -141,12 +141,11 @@ def page(args, figures):
     draw(found, sets, args.out / "figure3.png")
     lines = [f"`python experiments/figure3.py`: {figures}. Quick score at N steps: mean of seeds of training ± half "
              f"their range, and contrast. All but the fourth take about the same time. Evaluations: images through the "
-             f"network, with a gradient or without. Seconds: of the updates alone, not of its own samples.", "",
+             f"network, with a gradient or without.", "",
              "![scores against updates](figure3.png)"]
     for images in sets:
-        lines += ["", f"**{images}**", "", heading("", "seeds", *STEPS, "evaluations", "seconds")]
-        lines += [row(name, [f"{len(runs)}", *pairs([run["last"] for run in runs])], f"{runs[0]['evaluations']:,.0f}",
-                      f"{sum(run['seconds'] for run in runs) / len(runs):.0f}")
+        lines += ["", f"**{images}**", "", heading("", "seeds", *STEPS, "evaluations")]
+        lines += [row(name, [f"{len(runs)}", *pairs([run["last"] for run in runs])], f"{runs[0]['evaluations']:,.0f}")
                   for (other, name), runs in found.items() if other == images]
     return "\n".join(lines)
 
