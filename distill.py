@@ -26,7 +26,7 @@ from data import load_data
 from ddim import WEIGHTS, Denoiser, ddim_target
 from flags import at_least, checkpoint, fraction, optimiser_flags, out_flags, parse_with_saved, run_flags, score_flags
 from hooks import SHOWN, WATCHED, Guard, draw_shown, scorer, shown_guidance
-from ldm import MODELS, Latents, image_size, ldm_flag, load_model, model_hash
+from ldm import MODELS, Latents, image_channels, image_size, ldm_flag, load_model, model_hash
 from model import param_count
 from plans import METHODS, locate, plan, print_plan
 from rundir import check_out, prepare_out
@@ -292,7 +292,7 @@ def opened(args, state, device):
     if args.ldm:
         model_info["schedule"] = "ldm-distilled"
     if reads_data(args):
-        images.channels = 3 if args.ldm else source["shape"][0]
+        images.channels = image_channels(source)
         model_info["data"] = data_of_run(images, state)
     return net, source, model_info, images
 

@@ -21,6 +21,7 @@ from ldm import (
     DISTILLED_SPACING,
     WEIGHTS_FILE,
     autoencoder_of,
+    config_name,
     diffusers_names,
     heads_of,
     ldm_configs,
@@ -84,7 +85,7 @@ def export(net, state, folder):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"error: {folder} exists; choose another --export")
     parts, configs = parts_of(net, state)
-    files = {f"{part}/{'scheduler_' * (part == 'scheduler')}config.json": c for part, c in configs.items()}
+    files = {config_name(part): config for part, config in configs.items()}
     if not net.config.classes:                                # no pipeline passes classes on: see docs/ldm.md
         pipeline = dict(_class_name="LDMPipeline" if "ldm" in state else "DDIMPipeline")
         pipeline |= {part: ["diffusers", config["_class_name"]] for part, config in configs.items()}

@@ -39,7 +39,7 @@ from data import DataError, eight_bits, load_data, locked, open_source, to_pixel
 from ddim import WITHOUT_FLOAT64
 from flags import at_least, checkpoint, device_flags, seed
 from inception import RANDOM, SHA256, load_features
-from ldm import image_size, ldm_flag, model_hash
+from ldm import image_channels, image_size, ldm_flag, model_hash
 from runtime import (
     broadcast,
     keep_freed_memory,
@@ -440,7 +440,7 @@ def evaluate(args, path, features, device):
     model = dict(hash=model_hash(state), weights="raw" if args.raw else "ema", dtype=sampler.dtype)
     origin = trained_on(state)
     images = load_data(args.data or origin["data"], image_size(state), origin["crop"], args.cache)
-    images.channels = 3 if "ldm" in state else state["shape"][0]
+    images.channels = image_channels(state)
     count = args.real if args.real and args.real < len(images) else None
     def kept(steps):
         """The file of a score."""

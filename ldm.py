@@ -167,6 +167,10 @@ def image_size(state):
     """The side of a model's images in pixels, whatever it draws in."""
     return state["shape"][1] * (MODELS[state["ldm"]].autoencoder.factor if "ldm" in state else 1)
 
+def image_channels(state):
+    """1 for a model of greyscale images, else 3, whatever it draws in."""
+    return 3 if "ldm" in state else state["shape"][0]
+
 def autoencoder_of(state, device="cpu"):
     """The autoencoder that a checkpoint carries, ready for use."""
     with torch.device("meta"):
@@ -415,23 +419,31 @@ def was_distilled(folder):
     """Whether an LDM in diffusers' layout is to be sampled as `export` writes it of a distilled one."""
     return config_of(folder, "scheduler").get("timestep_spacing") == DISTILLED_SPACING
 
+def config_name(part):
+    """Where a folder in diffusers' layout has the config of a part."""
+    return f"{part}/{'scheduler_' * (part == 'scheduler')}config.json"
+
 def config_of(folder, part):
-    """What the config of a part of a folder in diffusers' layout says, {} if there is none. Raises CheckpointError."""
-    path = Path(folder) / part / f"{'scheduler_' * (part == 'scheduler')}config.json"
+    """What the config of a part of such a folder says, {} if there is none. Raises CheckpointError."""
+    path = Path(folder) / config_name(part)
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as e:
         raise CheckpointError(f"error: {path} is no readable JSON ({e})") from None
 
 def check_folder(folder, configs, what):
-    """Compare what no shape of a tensor tells; a setting that the file leaves out is taken on trust."""
+    """Compare what no shape of a tensor tells; a setting that the file leaves out is taken on trust.
+
+    The scheduler may be any: samples are drawn by ours."""
     for part, ours in configs.items():
+        if part == "scheduler":
+            continue
         theirs = config_of(folder, part)
         for key in ("_class_name", "attention_head_dim", "norm_num_groups", "norm_eps", "downsample_padding",
                     "flip_sin_to_cos", "freq_shift"):
             if key in ours and theirs.get(key, ours[key]) != ours[key]:
-                raise CheckpointError(f"error: {what}: {key} in {Path(folder) / part}/config.json is {theirs[key]}, "
-                                      f"not {ours[key]}")
+                path = Path(folder) / config_name(part)
+                raise CheckpointError(f"error: {what}: {key} in {path} is {theirs[key]}, not {ours[key]}")
 
 # ---- any checkpoint -----------------------------------------------------------------------------------------
 def load_model(path, device="cpu", ema=True, name=None, size=None):

@@ -189,7 +189,7 @@ def test_what_follows_from_a_setting_follows_the_new_one(ckpt, tmp_path):
 def test_a_preset_is_not_changed_on_the_way(ckpt, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.main(["--resume", "--preset", "celeba64", "--out", str(tmp_path / "out")])
-    assert "--resume can't change --" in capsys.readouterr().err
+    assert "--resume can't change --preset: what the run has done" in capsys.readouterr().err
 
 def test_a_run_goes_on_from_another_folder(tmp_path, monkeypatch):
     labelled_images(tmp_path / "pictures")
@@ -248,7 +248,7 @@ def test_a_damaged_lmdb_is_one_line(tmp_path, damage, message):
     assert child.returncode == 1 and "Traceback" not in output
     assert re.search(rf"error: {re.escape(str(tmp_path))}.* {message}", output), output
 
-@pytest.mark.parametrize("encoding", ["ascii:strict", "utf-8:strict"])
+@pytest.mark.parametrize("encoding", ["ascii:strict", "cp1252:strict", "utf-8:strict"])
 def test_names_that_cant_be_printed(tmp_path, encoding):
     labelled_images(tmp_path / "data")
     (tmp_path / "data" / "a" / os.fsdecode(b"d\xe9.jpg")).write_bytes(b"")

@@ -328,6 +328,12 @@ def test_a_folder_of_another_model_is_refused(loaded, tmp_path):
     with pytest.raises(CheckpointError, match="attention_head_dim in .* is 8, not 32"):
         ldm.load_model(folder, name="uncond")
 
+def test_a_folder_may_have_any_scheduler(loaded, tmp_path):
+    """Its networks are the model: other pipelines bring schedulers of their own."""
+    folder = exported(loaded, "uncond", tmp_path / "x")
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "PNDMScheduler"}')
+    assert ldm.load_model(folder, name="uncond")[1]["schedule"] == "ldm"
+
 def test_diffusers_loads_an_export_and_gives_the_same(loaded, name, tmp_path):
     """Its networks, and with its scheduler the samples and images of LDM itself."""
     folder, g = exported(loaded, name, tmp_path / "x"), GOLDEN[name]

@@ -176,6 +176,8 @@ def test_greyscale_images_make_a_model_of_one_channel(small_run, tmp_path, capsy
     assert load_checkpoint(tmp_path / "colour" / "ckpt.pt")["shape"] == [3, 8, 8]
     sample.main(["--ckpt", ckpt, str(tmp_path / "colour" / "ckpt.pt"), "--steps", "2", "-n", "2", "--out",
                  str(tmp_path / "both.png"), *cpu])
+    train.main([*small_run, "--updates", "1", "--overwrite", "--channels-in", "3"])
+    assert load_checkpoint(ckpt)["shape"] == [3, 8, 8]
 
 def test_the_lightness_of_colours_is_pils(tmp_path):
     images = load_data(labelled_images(tmp_path / "d", 4), 8, None, tmp_path / "c")
