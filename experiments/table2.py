@@ -35,6 +35,10 @@ METHODS = {                                                   # flags, and the r
     "dsdgl-average": (["--schedule", "dsdgl", "--target-ema", "0.98", *P], 3e-4),
     "shortcut": (["--schedule", "shortcut"], None),
     "shortcut-brief": (["--schedule", "shortcut", "--updates", "76", "--pool", "64", "--steps", "32"], None),
+    # Of about as many evaluations as shortcut, 10^5.
+    "pd-long": (["--schedule", "pd", *P, "--updates", "1024"], 3e-5),
+    "tsd-long": (["--schedule", "tsd", *P, "--updates", "1024"], 1e-5),
+    "dsdgl-average-long": (["--schedule", "dsdgl", "--target-ema", "0.98", *P, "--updates", "1536"], 3e-5),
 }
 PAPERS = "dsdn", "dsdi", "dsdgl", "dsdgexp"                   # which the paper compares with TSD at one rate
 OWN, SAME = "own rate", "TSD's rate"
@@ -48,9 +52,12 @@ CLAIMS = {
     "PD, which reads data, beats DSDI": (f"pd, {OWN}", f"dsdi, {OWN}"),
     "an average as the target helps DSDGL": (f"dsdgl-average, {OWN}", f"dsdgl, {OWN}"),
     "DSDGL with it beats TSD": (f"dsdgl-average, {OWN}", f"tsd, {OWN}"),
-    "shortcut beats dsdgl-average": (f"shortcut, {OWN}", f"dsdgl-average, {OWN}"),
-    "shortcut does at equal cost": (f"shortcut-brief, {OWN}", f"dsdgl-average, {OWN}"),
-    "shortcut beats PD": (f"shortcut, {OWN}", f"pd, {OWN}"),
+    "PD with eight times as many updates beats DSDI": (f"pd-long, {OWN}", f"dsdi, {OWN}"),
+    "shortcut-brief beats dsdgl-average, of 10^4 evaluations": (f"shortcut-brief, {OWN}", f"dsdgl-average, {OWN}"),
+    "beats PD": (f"shortcut-brief, {OWN}", f"pd, {OWN}"),
+    "shortcut beats dsdgl-average-long, of 10^5": (f"shortcut, {OWN}", f"dsdgl-average-long, {OWN}"),
+    "beats PD-long": (f"shortcut, {OWN}", f"pd-long, {OWN}"),
+    "beats TSD-long": (f"shortcut, {OWN}", f"tsd-long, {OWN}"),
     "DSDI beats the undistilled model": (f"dsdi, {OWN}", "undistilled"),
     "TSD beats the undistilled model": (f"tsd, {OWN}", "undistilled"),
 }
