@@ -1,4 +1,4 @@
-"""What several test files need: a tiny network, labelled images, the log of a run, a script in a process of its own."""
+"""What several test files need: tiny networks, labelled images, the log of a run, a script in a process of its own."""
 
 import json
 import os
@@ -11,7 +11,10 @@ os.environ["OMP_NUM_THREADS"] = "1"     # pytest has a process for each core; re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+import inception
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -26,10 +29,32 @@ def small_run(tmp_path):
     return [*SMALL_RUN, "--data", labelled_images(tmp_path / "data"), "--cache", str(tmp_path / "cache"),
             "--out", str(tmp_path / "out")]
 
-@pytest.fixture
-def few_looks(monkeypatch):
-    """Distillations look at samples of 8 steps at most, where a test is about something else: a fifth of the time."""
+class Tiny(torch.nn.Module):
+    """A stand-in for Inception with 6 features: means of colours, and of their squares."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(6, 6, bias=False)
+        self.fc.weight.data = 3 * torch.eye(6)
+
+    def forward(self, x):
+        f = torch.cat([x.mean((2, 3)), x.square().mean((2, 3))], 1)
+        return f, self.fc(f)
+
+@pytest.fixture(autouse=True)
+def short(request, monkeypatch):
+    """Runs look at samples of 8 steps at most, their curves.png is empty, and `--weights random` is of six features.
+
+    But in a test that is marked `whole`, and in other processes."""
+    if request.node.get_closest_marker("whole"):
+        return
+    features, real = inception.Features(Tiny(), inception.RANDOM, torch.device("cpu")), inception.load_features
+    for module in ("fid", "hooks"):
+        monkeypatch.setattr(f"{module}.load_features", lambda weights=None, *more: (
+            features if weights == inception.RANDOM else real(weights, *more)))
     monkeypatch.setattr("hooks.SHOWN", (1, 2, 4, 8))
+    for script in ("distill", "train"):
+        monkeypatch.setattr(f"{script}.draw_curves", lambda trainer: (trainer.out / "curves.png").touch())
 
 def log_of(out):
     """The entries of a run's log."""

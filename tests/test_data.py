@@ -126,14 +126,16 @@ def test_folder_zip_and_lmdb_give_the_same_images(three, cache):
     assert set(a.labels) == {-1}
 
 def test_a_source_is_read_from_any_item_on(three):
+    def read_from(source, start):
+        return [(name, read(), label) for name, read, label in source.items(start, 8)]
     for source in (*map(open_source, three), pictures.BuiltIn(7)):
-        everything = [(name, read()) for name, read, _ in source.items(0, 8)]
+        everything = read_from(source, 0)
         assert len(everything) == source.count == 7
         for start in (3, 7):
-            rest = [(name, read()) for name, read, _ in source.items(start, 8)]
-            assert [label for *_, label in source.items(start, 8)] == list(source.labels[start:])
-            assert [name for name, _ in rest] == [name for name, _ in everything[start:]]
-            assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(rest, everything[start:], strict=True))
+            rest = read_from(source, start)
+            assert [label for *_, label in rest] == list(source.labels[start:])
+            assert [name for name, *_ in rest] == [name for name, *_ in everything[start:]]
+            assert all(np.array_equal(a, b) for (_, a, _), (_, b, _) in zip(rest, everything[start:], strict=True))
 
 def test_packing_that_stopped_at_its_very_end_reads_nothing_again(three, cache, monkeypatch, decoded):
     def interrupted(*a):

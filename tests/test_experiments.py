@@ -16,10 +16,8 @@ import settings
 import table2
 import torch
 from conftest import SMALL_RUN, labelled_images
-from test_fid import Tiny
 
 import fid
-import inception
 import train
 
 BASE = [*SMALL_RUN, "--updates", "2", "--lr", "0.01", "--warmup", "0"]
@@ -32,15 +30,8 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr("hooks.SHOWN", (1, 2))
     monkeypatch.setattr("hooks.WATCHED", (1, 2))
     monkeypatch.setattr("hooks.Guard.picture", lambda guard, trainer: None)
-    for name in ("distill.draw_curves", "train.draw_curves"):
-        monkeypatch.setattr(name, lambda trainer: None)
-    quick_features(monkeypatch)
     return ["--data", labelled_images(tmp_path / "data", 20), "--device", "cpu", "-n", "8", "--seeds", "0", "1",
             "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
-
-def quick_features(monkeypatch):
-    features = inception.Features(Tiny(), inception.RANDOM, torch.device("cpu"))
-    monkeypatch.setattr(fid, "load_features", lambda *a: features)
 
 def rehearse(script, flags, out, monkeypatch, capsys, picture=True):
     """Run a script, and again for its page alone: its figures, and that page."""
@@ -177,7 +168,6 @@ def test_guard_and_budgets(tmp_path, monkeypatch, capsys):
     flags = ["--ckpt", str(tmp_path / "base"), "--data", data, "--docs", str(tmp_path), "--out"]
     monkeypatch.setattr(guard, "RUNS", {"dsdi 1e-3": ("dsdi", 1e-3, 3, P[:4]), "pd 1e-3": ("pd", 1e-3, 3, P[:4])})
     monkeypatch.setattr(guard, "SAMPLES", 8)
-    quick_features(monkeypatch)
     guard.main([*flags, str(tmp_path / "guard"), "--runs", *guard.RUNS])
     assert len(cells((tmp_path / "guard-faces.md").read_text(), "? | dsdi 1e-3")) == 9
     monkeypatch.setattr(budgets, "RATES", {400: dict(tsd=[1e-2, 1e-3])})

@@ -47,24 +47,27 @@ def exits(message):
     return pytest.raises(SystemExit, match=message)
 
 # ---- full disks -----------------------------------------------------------------------------------------
+@contextlib.contextmanager
 def limited(size):
-    """For a process: no file may grow beyond so many bytes, as on a disk that is full."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    """Within it no file may grow beyond so many bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 @pytest.mark.parametrize("size", [30_000, 200_000])
 def test_no_room_for_a_checkpoint(small_run, tmp_path, size):
-    child = start("train.py", *small_run, "--updates", "5", preexec_fn=limited(size))
-    output = child.communicate(timeout=120)[0]
-    assert child.returncode == 1 and "Traceback" not in output
-    assert f"error: can't write {tmp_path}/out/ckpt.pt (File too large); what was there before" in output
+    with limited(size), exits(rf"error: can't write {tmp_path}/out/ckpt\.pt \(File too large\); what was there before"):
+        train.main([*small_run, "--updates", "5"])
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["log.jsonl"]
 
-def test_no_room_for_statistics_costs_no_score(tmp_path):
-    labelled_images(tmp_path / "a", 4)
-    child = start("fid.py", tmp_path / "a", tmp_path / "a", "--weights", "random", "--save", tmp_path / "s.npz", *CPU,
-                  preexec_fn=limited(100_000))
-    output = child.communicate(timeout=120)[0]
-    assert "rFID (random features): " in output and f"error: can't write {tmp_path}/s.npz (File too large)" in output
+def test_no_room_for_statistics_costs_no_score(tmp_path, capsys):
+    folder = labelled_images(tmp_path / "a", 4)
+    with limited(1000), exits(rf"error: can't write {tmp_path}/s\.npz \(File too large\)"):
+        fid.main([folder, folder, *QUICK, "--save", str(tmp_path / "s.npz")])
+    assert "rFID (random features): " in capsys.readouterr().out
     assert not list(tmp_path.glob("s.npz*"))
 
 # ---- second processes -----------------------------------------------------------------------------------
@@ -72,9 +75,8 @@ def test_two_runs_never_share_a_folder(small_run, ckpt, tmp_path):
     before = ckpt.read_bytes()
     with claimed(tmp_path / "out"):
         for flags in (["--overwrite", "--updates", "3"], ["--resume", "--updates", "3"], ["--updates", "3"]):
-            child = start("train.py", *small_run, *flags)
-            assert "error: another process is writing into" in child.communicate(timeout=120)[0]
-            assert child.returncode == 1
+            with exits("another process is writing into"):
+                train.main([*small_run, *flags])
         with exits("another process is writing"):
             fid.main(["--ckpt", str(ckpt), *QUICK, "--out", str(tmp_path / "out")])
     assert ckpt.read_bytes() == before
@@ -249,17 +251,24 @@ def test_a_damaged_lmdb_is_one_line(tmp_path, damage, message):
     assert re.search(rf"error: {re.escape(str(tmp_path))}.* {message}", output), output
 
 @pytest.mark.parametrize("encoding", ["ascii:strict", "cp1252:strict", "utf-8:strict"])
-def test_names_that_cant_be_printed(tmp_path, encoding):
+def test_names_that_cant_be_printed(tmp_path, encoding, monkeypatch):
     labelled_images(tmp_path / "data")
     (tmp_path / "data" / "a" / os.fsdecode(b"d\xe9.jpg")).write_bytes(b"")
-    env = os.environ | dict(PYTHONIOENCODING=encoding)
-    flags = [*SMALL_RUN, "--data", tmp_path / "data", "--cache", tmp_path / "c", "--updates", "2"]
-    for run in ("first", "from the cache"):
-        child = start("train.py", *flags, "--out", tmp_path / run, env=env, errors="replace")
-        assert "done: " in child.communicate(timeout=120)[0]
-    for script in ("train.py", "distill.py", "sample.py", "fid.py"):
-        child = start(script, "--help", env=env, errors="replace")
-        assert "usage: " in child.communicate(timeout=120)[0] and child.returncode == 0
+    def printed(script, *flags):
+        """What a script prints in a terminal of that encoding."""
+        raw = io.BytesIO()
+        terminal = io.TextIOWrapper(raw, *encoding.split(":"), write_through=True)
+        with monkeypatch.context() as m:
+            for name, value in (("argv", [script.__name__, *flags]), ("stdout", terminal), ("stderr", terminal)):
+                m.setattr(sys, name, value)
+            runtime.launch(script.main)
+        return raw.getvalue()
+    flags = [*SMALL_RUN, "--data", str(tmp_path / "data"), "--cache", str(tmp_path / "c"), "--updates", "2"]
+    first, from_the_cache = (printed(train, *flags, "--out", str(tmp_path / run)) for run in "ab")
+    assert b"done: " in first and rb"d\udce9.jpg" in first and b"done: " in from_the_cache
+    for script in (train, distill, sample, fid):
+        with pytest.raises(SystemExit, match="^0$"):
+            printed(script, "--help")
 
 def test_samples_that_are_not_finite_are_no_pictures(ckpt, tmp_path):
     state = load_checkpoint(ckpt)

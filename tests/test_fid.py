@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import log_of
+from conftest import Tiny, log_of
 from PIL import Image
 from test_sample import make_checkpoint
 from torch.testing import assert_close
@@ -51,18 +51,6 @@ def synthetic(key, shape):
 @pytest.fixture(scope="module")
 def released():
     return {k: synthetic(k, s) for k, s in KEYS}
-
-class Tiny(torch.nn.Module):
-    """A stand-in for Inception with 6 features: means of colours, and of their squares."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = torch.nn.Linear(6, 6, bias=False)
-        self.fc.weight.data = 3 * torch.eye(6)
-
-    def forward(self, x):
-        f = torch.cat([x.mean((2, 3)), x.square().mean((2, 3))], 1)
-        return f, self.fc(f)
 
 @pytest.fixture
 def tiny(monkeypatch):
@@ -482,6 +470,7 @@ def test_unlike_things_are_not_compared(tmp_path, tiny, capsys):
     assert "REAL has 5 images, fewer than the 6 features" in capsys.readouterr().err
 
 # ---- the command line -------------------------------------------------------------------------------------------
+@pytest.mark.whole
 def test_two_folders_from_the_command_line_with_the_real_network(tmp_path, capsys):
     a, b = folder_of(tmp_path / "a", pictures(4)), folder_of(tmp_path / "b", pictures(4, seed=1))
     fid.main([str(a), str(b), "--weights", "random", "--device", "cpu"])

@@ -21,7 +21,6 @@ import pytest
 import torch
 from conftest import log_of
 from PIL import Image
-from test_fid import Tiny
 from torch.testing import assert_close
 
 import data
@@ -29,7 +28,6 @@ import distill
 import export
 import fid
 import hooks
-import inception
 import ldm
 import sample as script
 from checkpoint import CheckpointError, load_checkpoint
@@ -456,10 +454,7 @@ def test_an_ldm_is_distilled_and_the_result_needs_nothing_else(small, schedule, 
     files = {p.name for p in ckpt.parent.iterdir() if not p.name.startswith("pool-")}
     assert files == {"best.pt", "ckpt.pt", "curves.png", "log.jsonl", "samples-000006.png"}
 
-def test_a_distilled_ldm_is_scored_and_exported(small, monkeypatch):
-    tiny = inception.Features(Tiny(), inception.RANDOM, torch.device("cpu"))
-    for module in (fid, hooks):
-        monkeypatch.setattr(module, "load_features", lambda *a: tiny)
+def test_a_distilled_ldm_is_scored_and_exported(small):
     ckpt = distil(small, "small", "--updates", "3", "--fid-every", "3", "--fid-samples", "4", "--weights", "random",
                   "--data", str(small / "data"))
     scores = ["--weights", "random", "--data", str(small / "data"), "--cache", str(small / "cache"), "-n", "4", *CPU]

@@ -225,7 +225,7 @@ def test_training_learns_to_jump_and_goes_on(small_run, tmp_path, monkeypatch):
         sample.main(["--ckpt", str(tmp_path / "out" / "ckpt.pt"), "--guidance", "3", "--device", "cpu"])
 
 @pytest.mark.parametrize("extra", [[], ["--accumulate", "2"]])
-def test_fine_tuning_without_data(few_looks, trained, tmp_path, extra):
+def test_fine_tuning_without_data(trained, tmp_path, extra):
     """The plain model takes the path on and learns to jump; it is the anchor, and its samples are the data."""
     distill.main([*trained, *extra, "--updates", "8", "--out", str(tmp_path / "out")])
     state, log = load_checkpoint(tmp_path / "out" / "ckpt.pt"), log_of(tmp_path / "out")
@@ -249,7 +249,7 @@ def test_own_samples_have_the_labels_that_they_were_drawn_with(tmp_path):
     pool = shortcut.OwnSamples(tmp_path, sampler, 7, 2, 4, [])
     assert pool.labels.tolist() == torch.cat(seen).tolist() and len(set(pool.labels)) == 3
 
-def test_the_path_that_a_model_takes_on_is_that_of_the_seed(few_looks, trained, tmp_path):
+def test_the_path_that_a_model_takes_on_is_that_of_the_seed(trained, tmp_path):
     """Whatever else a process did before."""
     def path(seed):
         torch.rand(3)
@@ -259,7 +259,7 @@ def test_the_path_that_a_model_takes_on_is_that_of_the_seed(few_looks, trained, 
     first, other, again = path(0), path(1), path(0)
     assert (first == again).all() and (first - other).abs().max() > 1e-2
 
-def test_data_with_other_classes_is_refused(few_looks, small_run, trained, tmp_path):
+def test_data_with_other_classes_is_refused(small_run, trained, tmp_path):
     """Their numbers would be those of other classes of the model."""
     train.main([*small_run, "--classes", "--updates", "2"])
     flags = [*trained[:2], "--ckpt", str(tmp_path / "out"), *trained[4:], "--updates", "2", "--out",

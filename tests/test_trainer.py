@@ -240,6 +240,7 @@ def test_tensorboard_has_the_values_and_pictures_of_the_log(small_run, tmp_path)
     train.main([*small_run, "--updates", "1", "--overwrite"])
     assert not list((tmp_path / "out").glob("events*"))
 
+@pytest.mark.whole
 def test_a_run_leaves_a_picture_of_its_log_where_matplotlib_is(small_run, tmp_path, monkeypatch):
     train.main([*small_run, "--updates", "3"])
     with Image.open(tmp_path / "out" / "curves.png") as picture:
