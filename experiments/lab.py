@@ -95,12 +95,13 @@ def trained(mixture, updates=3000, batch=512, seed=0):
         opt.step()
     return net.eval()
 
-def in_the_lab(net, mixture, schedule, lr, updates=600, batch=256, seed=0, **settings):
+def in_the_lab(net, mixture, schedule, lr, updates=600, batch=256, seed=0, pool=500, **settings):
     """The averaged weights of a copy of `net` after one of the methods, by the code of distill.py. Writes no files.
 
-    pd reads data from the mixture, shortcut 500 samples of the network's own. settings: flags of distill.py, by name"""
+    pd reads data from the mixture, shortcut `pool` samples of the network's own. settings: flags of distill.py, by
+    name"""
     torch.manual_seed(seed)
-    own = points(net, 64, 500, seed=3)[:, :, None, None] if METHODS[schedule].shortcut else None
+    own = points(net, 64, pool, seed=3)[:, :, None, None] if METHODS[schedule].shortcut else None
     def draw():
         x = mixture.draw(batch) if own is None else own[torch.randint(len(own), (batch,))]
         return x, torch.zeros(batch, dtype=torch.long)

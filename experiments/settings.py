@@ -2,14 +2,19 @@
 
     python experiments/settings.py --data celeba-10k.zip   # out/table2: settings.md and .json; an hour on an old core
     python experiments/settings.py --seeds                 # only the page, of what settings.json has
+    python experiments/settings.py --lab                   # in lab.py's plane: settings-lab.md; ten minutes
 
 What settings.json has is not made again. Small differences mean nothing: the page shows more than one seed if you do.
 """
 
-from common import STEPS, Experiment, evaluations, heading, pairs, row, seeds_of
+from unittest import mock
+
+import lab
+from common import STEPS, Experiment, cell, evaluations, heading, pairs, row, seeds_of, write
 from table2 import BASE, SIZES
 
 import distill
+from runtime import progress
 
 HALF = ["--schedule", "shortcut", "--updates", "300"]
 SETTINGS = {                                                  # flags beside HALF
@@ -25,6 +30,21 @@ SETTINGS = {                                                  # flags beside HAL
     "those in four times the steps": ["--pool", "500", "--steps", "64"],
 }
 METHODS = {name: ([*HALF, *flags], None) for name, flags in SETTINGS.items()}      # no search: at their rates
+
+LAB = {                                                       # of `lab.in_the_lab`, and the number of lengths
+    "those of lab.md": {},
+    "a quarter of the rows jump": dict(share=0.25),
+    "three quarters": dict(share=0.75),
+    "targets of a faster average": dict(target_ema=0.8),
+    "of a slower one": dict(target_ema=0.995),
+    "of the weights themselves": dict(target_ema=0.0),
+    "a third of the rate": dict(lr=3e-4, lr_end=3e-5),
+    "a rate that stays": dict(lr_end=1e-3),
+    "a hundred own samples": dict(pool=100),
+    "ten thousand": dict(pool=10_000),
+    "lengths from 1 to 1/16": dict(levels=5),
+    "from 1 to 1/256": dict(levels=9),
+}
 
 def make(table):
     """All figures that are missing."""
@@ -50,8 +70,32 @@ def page(table):
                                 *pairs([run["scores"] for run in runs])]))
     return "\n".join(lines)
 
+def in_the_lab(net, mixture, seed, levels=7, **changed):
+    """`lab.distances` of a network that was fine-tuned with some settings changed."""
+    with mock.patch("shortcut.LEVELS", levels):
+        student = lab.in_the_lab(net, mixture, "shortcut", seed=seed, **lab.SETTINGS["shortcut"] | changed)
+        return lab.distances(student, mixture)
+
+def laboratory(seeds):
+    """The page of the laboratory."""
+    mixture, found = lab.Mixture(), {name: [] for name in ("trained", *LAB)}
+    for seed in progress(iterable=seeds, desc="the laboratory", unit="seed"):
+        net = lab.trained(mixture, seed=seed)
+        found["trained"].append(lab.distances(net, mixture))
+        for name, changed in LAB.items():
+            found[name].append(in_the_lab(net, mixture, seed, **changed))
+    noise = lab.noise_of_distances(mixture)
+    lines = [f"`python experiments/settings.py --lab`: distance as in lab.md of 4,000 samples of N steps, mean of "
+             f"{len(seeds)} seeds of training and of fine-tuning ± half their range. Other exact samples have "
+             f"{min(noise):.3f} to {max(noise):.3f}.", "", heading("setting", *lab.STEPS)]
+    return "\n".join([*lines, *(row(name, map(cell, zip(*runs, strict=True))) for name, runs in found.items())])
+
 def main(argv=None):
-    args = Experiment.flags("table2", __doc__, samples=256).parse_args(argv)
+    p = Experiment.flags("table2", __doc__, samples=256)
+    p.add_argument("--lab", action="store_true", help="in the laboratory instead")
+    args = p.parse_args(argv)
+    if args.lab:
+        return write(args.out / "settings-lab.md", laboratory(args.seeds))
     Experiment("settings", args, [*BASE, *SIZES[16]], METHODS).sitting(make, page)
 
 if __name__ == "__main__":

@@ -120,6 +120,15 @@ def test_settings(place, tmp_path, monkeypatch, capsys):
     last = [figures[f"twice the rate, seed {seed}"]["scores"][1][0] for seed in (0, 1)]
     assert cells(page, "twice the rate | `--lr 1e-3`")[-1].startswith(f"{sum(last) / 2:.3g} ± ")
 
+def test_settings_in_the_laboratory(tmp_path, monkeypatch):
+    monkeypatch.setattr(settings.lab, "trained", lambda mixture, seed: settings.lab.MLP())
+    lengths = dict(seven=7, two=2, again=7)
+    monkeypatch.setattr(settings, "LAB", {name: dict(updates=30, levels=k) for name, k in lengths.items()})
+    settings.main(["--lab", "--seeds", "0", "--out", str(tmp_path)])
+    page = (tmp_path / "settings-lab.md").read_text()
+    seven, two, again = (cells(page, name) for name in lengths)
+    assert seven == again != two and len(cells(page, "trained")) == len(settings.lab.STEPS)
+
 def test_figure3(place, tmp_path, monkeypatch, capsys):
     sets = dict.fromkeys(("built-in", "faces, 16x16"), (BASE, 4))
     tuned = ["--schedule", "shortcut", *P, "--pool", "2", "--updates", "2"]
