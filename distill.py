@@ -15,25 +15,22 @@ model of the update with the best fidelity, see hooks.py.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
-from checkpoint import trained_on
 from curves import draw_curves
-from data import load_data
-from ddim import WEIGHTS, Denoiser, ddim_target
+from ddim import WEIGHTS, ddim_target
 from flags import at_least, checkpoint, fraction, optimiser_flags, out_flags, parse_with_saved, run_flags, score_flags
-from hooks import SHOWN, WATCHED, Guard, draw_shown, scorer, shown_guidance
-from ldm import MODELS, Latents, image_channels, image_size, ldm_flag, load_model, model_hash
+from hooks import SHOWN, WATCHED, Guard, scorer
+from ldm import MODELS, Latents, ldm_flag
 from model import param_count
 from plans import METHODS, locate, plan, print_plan
 from rundir import check_out, prepare_out
-from runtime import broadcast, describe_device, launch, pick_device, pick_dtype, ranks
-from sample import Sampler
-from shortcut import OwnSamples, shortcut
-from trainer import Trainer, batches, data_of_run, final_rate, update_ema
+from runtime import describe_device, launch, pick_device, pick_dtype, ranks
+from shortcut import shortcut
+from source import opened, own_samples, reads_data, remember_before
+from trainer import Trainer, batches, final_rate, update_ema
 
 # ---- Algorithms 1 and 2 -----------------------------------------------------------------------------------
 def distillation_loss(xhat, z, t, t1, t2, y, w, second, first=None, target="ddim", weight="snr"):
@@ -224,89 +221,6 @@ def check(p, args):
         plan(args.schedule, args.steps, args.updates)
     except ValueError as e:
         p.error(str(e))
-
-def reads_data(args):
-    """Whether the method of a run learns from a data set: pd does, and shortcut where it is given one."""
-    method = METHODS[args.schedule]
-    return method.data or (method.shortcut and bool(args.data))
-
-# What a distilled model has of its source:
-FROM_SOURCE = "schedule", "predicts", "shape", "classes", "guidance", "ldm", "autoencoder"
-
-def history(args, source):
-    """What was done to a model, one dict for each run: training, distillation, distillation of that …"""
-    was = source.get("args", {})
-    trained = dict(how="train --shortcut" if was.get("shortcut") else "train", updates=source.get("step"),
-                   distill=was.get("distill"), data=was.get("data"))
-    keep = ["updates", "batch", "steps", "lr", "ema", "target_ema", "seed"]
-    keep += ["share", "pool", "guidance"] if METHODS[args.schedule].shortcut else ["target", "weight"]
-    now = dict(how=args.schedule, ckpt=str(args.ckpt), hash=model_hash(source), lr_end=final_rate(args))
-    now |= {k: getattr(args, k) for k in keep}
-    return [*source.get("history", [trained]), now]
-
-def check_source(args, net, source, images):
-    """Exit if the model does not go with the flags: its defaults, its noise schedule, its classes."""
-    if "ldm" in source and not args.ldm:
-        sys.exit(f"error: {args.ckpt} is LDM's {source['ldm']}: give --ldm {source['ldm']}, which has other defaults")
-    if net.config.step_length and not METHODS[args.schedule].shortcut:
-        sys.exit(f"error: {args.ckpt} is told the length of its steps: only --schedule shortcut distils it further")
-    try:
-        Denoiser.of(net, source).schedule.times(args.steps)
-    except ValueError as e:
-        sys.exit(f"error: {e}")
-    if reads_data(args) and net.config.classes:
-        if source["classes"]:
-            images.number_as(source["classes"])
-        elif len(images.classes) != net.config.classes:       # LDM's have numbers only, in the order of their names
-            sys.exit(f"error: the model has {net.config.classes} classes, but {args.data} has "
-                     f"{len(images.classes)} (sub-folders name the classes)")
-
-def own_samples(trainer):
-    """The data of a run of shortcut without --data: samples of the undistilled model, in --steps steps."""
-    a, anchor = trainer.args, trainer.second_net("anchor")
-    sampler = Sampler(anchor, trainer.model_info, trainer.device, a.dtype, range(anchor.config.classes) or None,
-                      seed=a.seed)
-    sampler.xhat.lengths = False                              # the ordinary denoiser
-    what = [trainer.model_info["history"][-1]["hash"], a.seed, a.dtype]
-    return OwnSamples(a.out, sampler, a.pool, a.steps, a.batch, what)
-
-def opened(args, state, device):
-    """(net, source, model_info, images) of a run. Packs the images if need be; exits if model and flags do not fit.
-
-    state   of the run's own checkpoint, if it goes on;  source  the state of the file that net was read from
-    images  the data set that the method or --fid-every reads, or None
-    model_info  what the run's checkpoints will say of the model"""
-    net, source = load_model(Path(args.out) / "ckpt.pt" if state else args.ckpt, device, name=args.ldm, size=args.size)
-    past = source["history"] if state else history(args, source)        # now: the file may be replaced meanwhile
-    method, origin = METHODS[args.schedule], trained_on(source)
-    origin["data"] = args.data or origin["data"]
-    images = None
-    if reads_data(args) or args.fid_every:
-        if args.ldm and not origin["data"]:
-            sys.exit(f"error: nobody knows what LDM's {args.ldm} was trained on: give the images as --data")
-        images = load_data(origin["data"], image_size(source), origin["crop"], args.cache)
-    if method.shortcut and not net.config.step_length:
-        net.add_step_length()
-    check_source(args, net, source, images)
-    model_info = {k: source[k] for k in FROM_SOURCE if k in source} | dict(history=past, trained_on=origin)
-    if args.ldm:
-        model_info["schedule"] = "ldm-distilled"
-    if reads_data(args):
-        images.channels = image_channels(source)
-        model_info["data"] = data_of_run(images, state)
-    return net, source, model_info, images
-
-def remember_before(trainer, source, state):
-    """Have the checkpoints of a run hold what the undistilled model draws: the reference of all its looks."""
-    model_info = trainer.model_info
-    if state:
-        kept = "before", "reference", "reference_guidance", "best"        # best: after a look
-        model_info |= {k: state[k] for k in kept if k in state}
-    else:
-        model_info["before"] = before = broadcast(draw_shown(trainer))
-        w, _ = shown_guidance(trainer)
-        first = "reference" in source and source.get("reference_guidance") == w     # of a chain, what its first drew
-        model_info |= dict(reference=source["reference"] if first else before[-1], reference_guidance=w)
 
 def main(argv=None):
     args = parse_args(argv)

@@ -10,10 +10,11 @@ import sys
 import torch
 
 from data import save_grid
-from fid import MANY, NOISES, compare, fidelity, packed_statistics, sampled_statistics
+from fid import packed_statistics, sampled_statistics
 from inception import load_features
 from runtime import broadcast, log_stderr, progress, rank
 from sample import Sampler, spread_classes
+from scores import MANY, NOISES, compare, fidelity
 
 SHOWN = 1, 2, 4, 8, MANY   # step counts of the pictures, and of the scores except for the last
 COLUMNS = 10               # of the pictures: so many of the NOISES
@@ -61,7 +62,7 @@ NEAR = 0.05                        # a run that ends so near to an edge of it sa
 
 def look_at(x, reference):
     """(fidelity, its standard error, contrast) of samples (n, C, H, W) against the undistilled model's in many steps,
-    from the same noise: see `fid.fidelity`. Contrast is the standard deviation of all values, as a share of theirs."""
+    from the same noise: see scores.fidelity. Contrast is the standard deviation of all values, as a share of theirs."""
     return *fidelity(x, reference), (x.std() / reference.std()).item()
 
 def keyed(steps, seen):

@@ -23,6 +23,7 @@ import fid
 import hooks
 import inception
 import sample
+import scores
 import train
 from checkpoint import file_hash, load_checkpoint, load_model, trained_on, whole_file
 from data import load_data, locked, to_tensor
@@ -355,13 +356,13 @@ class QuickScore:
 
     def distance(self, features):
         """The Fréchet distance of features (N, 256) to those of the data set."""
-        return fid.frechet_distance(*self.statistics(features), *self.real_statistics)
+        return scores.frechet_distance(*self.statistics(features), *self.real_statistics)
 
     def with_variety(self, sampler, steps):
         """{name: value} of n samples: score, contrast, and precision and recall against the first n images."""
         x = drawn(sampler, steps, self.n)
         fake = self.features_of(x)
-        precision, recall = fid.precision_recall(self.real[:self.n], fake)
+        precision, recall = scores.precision_recall(self.real[:self.n], fake)
         return {"quick score": self.distance(fake), "precision": precision, "recall": recall,
                 "contrast": x.std().item()}
 

@@ -22,10 +22,10 @@ from torch.nn.functional import conv2d
 
 import distill
 from checkpoint import load_model
-from fid import MANY, NOISES, fidelity
 from flags import checkpoint
 from rundir import read_log
 from sample import Sampler
+from scores import MANY, NOISES, fidelity
 
 VERDICTS, SAMPLES = ("good", "poor", "lost", "?"), 256        # for rFID
 RUNS = {                                                      # method, rate, updates, further flags

@@ -17,9 +17,10 @@ import hooks
 import sample
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from ddim import Cosine, Denoiser, LDMDiscrete
-from fid import fidelity, fidelity_scorer
+from fid import fidelity_scorer
 from model import UNet, UNetConfig
 from plans import METHODS, locate, plan
+from scores import fidelity
 from trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -312,7 +313,7 @@ def test_guided_prediction_is_what_is_distilled():
 def test_the_command_line_end_to_end(schedule, ckpt, tmp_path, monkeypatch, capsys):
     """Checkpoint, log and picture; only pd reads data; sample.py and fid.py take the result as any other."""
     if not METHODS[schedule].data:
-        monkeypatch.setattr(distill, "load_data", lambda *a: pytest.fail("a data-free method read data"))
+        monkeypatch.setattr("source.load_data", lambda *a: pytest.fail("a data-free method read data"))
     out, source = tmp_path / schedule, ckpt.read_bytes()
     cache = ["--cache", str(tmp_path / "cache")]
     if schedule == "pd":

@@ -17,7 +17,7 @@ import table2
 import torch
 from conftest import SMALL_RUN, labelled_images
 
-import fid
+import scores
 import train
 
 BASE = [*SMALL_RUN, "--updates", "2", "--lr", "0.01", "--warmup", "0"]
@@ -41,7 +41,7 @@ def rehearse(script, flags, out, monkeypatch, capsys, picture=True):
     made, page = ((out / f"{name}.{kind}").read_text() for kind in ("json", "md"))
     assert (out / f"{name}.png").exists() == picture
     monkeypatch.setattr(common, "to_the_end", None)           # a run or a score would now be an error
-    monkeypatch.setattr(fid, "frechet_distance", None)
+    monkeypatch.setattr(scores, "frechet_distance", None)
     script.main([*flags, "--seeds"])
     assert (out / f"{name}.json").read_text() == made and (out / f"{name}.md").read_text() == page
     return json.loads(made), page
@@ -161,7 +161,7 @@ def test_runs_that_fell_apart_count_against_a_claim(tmp_path):
     values = {"dsdi": [1, 1], "tsd": [2, 2, 2]}
     lines = common.claims_table({"beats": ("dsdi", "tsd")}, [4], figures, lambda name, column: values[name])
     assert lines[-1] == "| beats | undecided |"               # by the two that are left it would hold
-    assert common.unless_broken(lambda: common.fid.frechet_distance(*[torch.tensor([[float("nan")]])] * 4)) is None
+    assert common.unless_broken(lambda: scores.frechet_distance(*[torch.tensor([[float("nan")]])] * 4)) is None
 
 @pytest.mark.parametrize("low,high,says", [
     ([1, 2], [3, 4], "holds"), ([3, 4], [1, 2], "does not"), ([1, 3], [2, 4], "undecided"), ([1], [2, 3], "–"),

@@ -214,7 +214,7 @@ def test_a_run_without_data_reads_none_when_resumed(ckpt, tmp_path, monkeypatch)
     with pytest.raises(Killed):
         distill.main([*flags, "--sample-every", "2", "--out", str(tmp_path / "cut")])
     monkeypatch.setattr(hooks.Guard, "picture", lambda guard, trainer: None)
-    monkeypatch.setattr(distill, "load_data", lambda *args: pytest.fail("it reads data"))
+    monkeypatch.setattr("source.load_data", lambda *args: pytest.fail("it reads data"))
     distill.main(["--resume", "--out", str(tmp_path / "cut")])
     whole, cut = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
     assert same(whole["weights"], cut["weights"]) and cut["args"]["data"] is None

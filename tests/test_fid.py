@@ -28,6 +28,7 @@ from torch.testing import assert_close
 import fid
 import inception
 import sample as sampling
+import scores
 from data import DataError
 
 HERE = Path(__file__).parent
@@ -74,7 +75,7 @@ class Rows:
     def statistics(self, batch=64, **kw):
         n = len(self.features)
         images = np.stack([np.arange(n) >> shift & 255 for shift in (0, 8, 16)], 1).astype(np.uint8)[:, None, None]
-        return fid.statistics_of_batches(fid.own_batches(images, batch), n, self, {}, "rows", **kw)
+        return scores.statistics_of_batches(fid.own_batches(images, batch), n, self, {}, "rows", **kw)
 
 def pictures(n, seed=0, shape=(8, 8, 3)):
     return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
@@ -153,11 +154,11 @@ def test_random_weights_are_the_same_everywhere_and_never_called_fid():
     assert a.id == b.id == "random-72007735"
     features = a(pictures(3, shape=(16, 16, 3)))[0]
     assert features.isfinite().all() and features.std(0).mean() > 0.01
-    assert fid.metric_names(a.id) == ("rFID (random features)", None, *(
+    assert scores.metric_names(a.id) == ("rFID (random features)", None, *(
         f"r{name} (random features)" for name in ("KID", "precision", "recall")))
-    assert fid.metric_names(inception.SHA256)[0] == "FID"
-    assert fid.metric_names("ab" * 32)[0] == "FD (weights abababab)"
-    assert "FID" not in fid.metric_names("ab" * 32)
+    assert scores.metric_names(inception.SHA256)[0] == "FID"
+    assert scores.metric_names("ab" * 32)[0] == "FD (weights abababab)"
+    assert "FID" not in scores.metric_names("ab" * 32)
 
 # ---- fetching the weights -----------------------------------------------------------------------------------
 def test_without_network_the_message_says_what_to_do(tmp_path, monkeypatch):
@@ -211,28 +212,29 @@ def moments(x):
 
 def test_frechet_distances_are_the_references():
     mu1, sigma1, mu2, sigma2 = (GOLDEN[f"wc64_{k}"] for k in ("mu1", "sigma1", "mu2", "sigma2"))
-    assert fid.frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(GOLDEN["wc64_fid_exact"].item(), rel=1e-10)
-    assert abs(fid.frechet_distance(mu1, sigma1, mu1, sigma1)) < 1e-9
-    shift = fid.frechet_distance(mu1, sigma1, mu2, sigma1)
+    far = scores.frechet_distance(mu1, sigma1, mu2, sigma2)
+    assert far == pytest.approx(GOLDEN["wc64_fid_exact"].item(), rel=1e-10)
+    assert abs(scores.frechet_distance(mu1, sigma1, mu1, sigma1)) < 1e-9
+    shift = scores.frechet_distance(mu1, sigma1, mu2, sigma1)
     assert shift == pytest.approx(GOLDEN["shift64_fid_exact"].item(), rel=1e-10)
 
 def test_singular_covariances_need_no_fudge():
     """Rank 49 of 256: the accurate value, where a general matrix root is 2e-5 off."""
     one, two = moments(GOLDEN["rd256_feat1"]), moments(GOLDEN["rd256_feat2"])
     exact = GOLDEN["rd256_fid_exact"].item()
-    assert fid.frechet_distance(*one, *two) == pytest.approx(exact, abs=1e-8)
-    assert fid.frechet_distance(*two, *one) == pytest.approx(exact, abs=1e-8)
-    assert abs(fid.frechet_distance(*one, *one)) < 1e-8
+    assert scores.frechet_distance(*one, *two) == pytest.approx(exact, abs=1e-8)
+    assert scores.frechet_distance(*two, *one) == pytest.approx(exact, abs=1e-8)
+    assert abs(scores.frechet_distance(*one, *one)) < 1e-8
     full = (one[0], one[1] + np.eye(256))                      # one side singular, the other not
-    assert fid.frechet_distance(*one, *full) == pytest.approx(fid.frechet_distance(*full, *one), abs=1e-8)
+    assert scores.frechet_distance(*one, *full) == pytest.approx(scores.frechet_distance(*full, *one), abs=1e-8)
     zero = (one[0], np.zeros((256, 256)))
-    assert fid.frechet_distance(*zero, *one) == pytest.approx(np.trace(one[1]))
+    assert scores.frechet_distance(*zero, *one) == pytest.approx(np.trace(one[1]))
 
 def test_statistics_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="different length: 2 and 3"):
-        fid.frechet_distance(np.zeros(2), np.eye(2), np.zeros(3), np.eye(3))
+        scores.frechet_distance(np.zeros(2), np.eye(2), np.zeros(3), np.eye(3))
     with pytest.raises(ValueError, match="not finite"):
-        fid.frechet_distance(np.zeros(2), np.eye(2) * np.nan, np.zeros(2), np.eye(2))
+        scores.frechet_distance(np.zeros(2), np.eye(2) * np.nan, np.zeros(2), np.eye(2))
 
 @pytest.mark.parametrize("n", [400, 403])
 @pytest.mark.parametrize("splits", [10, 1])
@@ -243,28 +245,28 @@ def test_inception_score_is_the_reference(n, splits):
 
 def test_kid_is_the_reference():
     x, y = GOLDEN["kid_x"], GOLDEN["kid_y"]
-    assert fid.mmd2(x, y) == pytest.approx(GOLDEN["kid_mmd2_full"].item(), rel=1e-9)
-    assert fid.mmd2(x, y[:150]) == pytest.approx(GOLDEN["kid_mmd2_200v150"].item(), rel=1e-9)
-    assert fid.mmd2(x[:100], x[100:]) == pytest.approx(GOLDEN["kid_mmd2_self_halves"].item(), rel=1e-9)
-    np.testing.assert_allclose(fid.kid(x, y, 20, 50), GOLDEN["kid_subsets20x50"], rtol=1e-9)
-    assert fid.kid(x, y) == (fid.mmd2(x, y), 0.0)
+    assert scores.mmd2(x, y) == pytest.approx(GOLDEN["kid_mmd2_full"].item(), rel=1e-9)
+    assert scores.mmd2(x, y[:150]) == pytest.approx(GOLDEN["kid_mmd2_200v150"].item(), rel=1e-9)
+    assert scores.mmd2(x[:100], x[100:]) == pytest.approx(GOLDEN["kid_mmd2_self_halves"].item(), rel=1e-9)
+    np.testing.assert_allclose(scores.kid(x, y, 20, 50), GOLDEN["kid_subsets20x50"], rtol=1e-9)
+    assert scores.kid(x, y) == (scores.mmd2(x, y), 0.0)
 
 def test_fidelity_is_1_for_the_same_a_half_for_the_average_and_0_for_others():
     torch.manual_seed(0)
     r, other = torch.randn(2, 2000, 3, 4, 4).unbind()
-    assert fid.fidelity(r, r) == (1, 0)
-    assert fid.fidelity(r.mean(0).expand_as(r), r)[0] == pytest.approx(0.5, abs=1e-3)
-    assert fid.fidelity(other, r)[0] == pytest.approx(0, abs=0.01)
-    assert fid.fidelity(other.flip(0), r.flip(0))[0] == pytest.approx(fid.fidelity(other, r)[0], abs=1e-6)
-    value, error = fid.fidelity(other[:500], r[:500])         # its standard error is that of the mean
-    assert abs(value) < 4 * error and error == pytest.approx(fid.fidelity(other, r)[1] * 2, rel=0.2)
+    assert scores.fidelity(r, r) == (1, 0)
+    assert scores.fidelity(r.mean(0).expand_as(r), r)[0] == pytest.approx(0.5, abs=1e-3)
+    assert scores.fidelity(other, r)[0] == pytest.approx(0, abs=0.01)
+    assert scores.fidelity(other.flip(0), r.flip(0))[0] == pytest.approx(scores.fidelity(other, r)[0], abs=1e-6)
+    value, error = scores.fidelity(other[:500], r[:500])         # its standard error is that of the mean
+    assert abs(value) < 4 * error and error == pytest.approx(scores.fidelity(other, r)[1] * 2, rel=0.2)
 
 def test_precision_and_recall_are_the_reference():
     """Of torch-fidelity 0.4.0, `prc_features_to_metric` with a neighbourhood of 3."""
     real, fake = (torch.from_numpy(GOLDEN[f"kid_{k}"]).double() for k in "xy")
     for fakes, reference in ((fake, (0.265, 0.96)), (fake[:150], (37 / 150, 0.965)),
                              ((real.mean(0) + fake) / 2, (1, 0))):
-        assert fid.precision_recall(real, fakes) == pytest.approx(reference, abs=1e-6)
+        assert scores.precision_recall(real, fakes) == pytest.approx(reference, abs=1e-6)
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_and_recall_are_what_the_definition_says(k):
@@ -272,7 +274,7 @@ def test_precision_and_recall_are_what_the_definition_says(k):
     def within(points, manifold):
         radii = [sorted(math.dist(a, b) for b in manifold)[k] for a in manifold]              # the 0th is itself
         return np.mean([any(math.dist(p, a) <= r for a, r in zip(manifold, radii, strict=True)) for p in points])
-    got = fid.precision_recall(torch.from_numpy(real), torch.from_numpy(fake), k)
+    got = scores.precision_recall(torch.from_numpy(real), torch.from_numpy(fake), k)
     assert got == (within(fake, real), within(real, fake)) and 0 < got[0] != got[1] < 1
 
 def test_samples_without_variety_are_precise_and_recall_little():
@@ -280,50 +282,50 @@ def test_samples_without_variety_are_precise_and_recall_little():
     real = torch.randn(1500, 2, generator=torch.Generator().manual_seed(0))
     fake = torch.randn(1500, 2, generator=torch.Generator().manual_seed(1))
     collapsed, noisy = 0.05 * fake, 20 * fake
-    scores = fid.compare(*(Rows(x).statistics() for x in (real, collapsed)))
-    scores, names = scores["scores"], fid.metric_names("rows")[3:]
+    found = scores.compare(*(Rows(x).statistics() for x in (real, collapsed)))["scores"]
+    names = scores.metric_names("rows")[3:]
     assert names == ("precision (weights rows)", "recall (weights rows)")
-    assert scores[names[0]] > 0.95 and scores[names[1]] < 0.05
-    precision, recall = fid.precision_recall(real.double(), noisy.double())
+    assert found[names[0]] > 0.95 and found[names[1]] < 0.05
+    precision, recall = scores.precision_recall(real.double(), noisy.double())
     assert precision < 0.1 and recall > 0.5
 
 def test_precision_and_recall_are_of_equally_many(tiny):
     real, fake = (Rows(torch.randn(n, 2, generator=torch.Generator().manual_seed(n))).statistics() for n in (400, 50))
-    result = fid.compare(real, fake)
+    result = scores.compare(real, fake)
     assert result["features"]["precision and recall"] == "k = 3, 50 of each"
-    some, all_of_them = fid.equally_many(real.kid_features, fake.kid_features)
+    some, all_of_them = scores.equally_many(real.kid_features, fake.kid_features)
     assert len(some) == 50 and set(some[:, 0].tolist()) < set(real.kid_features[:, 0].astype(float).tolist())
     assert np.array_equal(all_of_them, fake.kid_features) and not torch.equal(some, torch.from_numpy(
         real.kid_features[:50]).double())                     # not the first: a folder may be sorted by class
-    assert [result["scores"][name] for name in fid.metric_names("rows")[3:]] == list(
-        fid.precision_recall(some, all_of_them))
+    assert [result["scores"][name] for name in scores.metric_names("rows")[3:]] == list(
+        scores.precision_recall(some, all_of_them))
     few = Rows(torch.randn(3, 2)).statistics()
-    assert not any("recall" in name for name in fid.compare(real, few)["scores"])
+    assert not any("recall" in name for name in scores.compare(real, few)["scores"])
 
 def test_features_kept_for_kid_are_a_bounded_uniform_and_repeatable_choice():
-    n = 4 * fid.KEPT
+    n = 4 * scores.KEPT
     kept = Rows(torch.arange(float(n))[:, None]).statistics(64).kid_features[:, 0]
-    assert len(kept) == len(set(kept)) == fid.KEPT and kept.dtype == np.float32
-    assert np.array_equal(kept, fid.chosen_for_kid(n))
+    assert len(kept) == len(set(kept)) == scores.KEPT and kept.dtype == np.float32
+    assert np.array_equal(kept, scores.chosen_for_kid(n))
     assert np.array_equal(kept, Rows(torch.arange(float(n))[:, None]).statistics(97).kid_features[:, 0])
     tenths = np.bincount((kept * 10 // n).astype(int), minlength=10)
-    assert np.abs(tenths - fid.KEPT / 10).max() < 5 * math.sqrt(fid.KEPT / 10)
-    few = torch.randn(fid.KEPT, 1)
+    assert np.abs(tenths - scores.KEPT / 10).max() < 5 * math.sqrt(scores.KEPT / 10)
+    few = torch.randn(scores.KEPT, 1)
     assert np.array_equal(Rows(few).statistics().kid_features, few)               # all there are, in order
 
 def test_contrast_and_size_are_those_of_all_images(tiny):
     wide, tall = pictures(3, shape=(4, 8, 3)), pictures(5, seed=1, shape=(8, 4, 3))
-    stats = fid.statistics_of_batches(fid.own_batches(wide, 2), 3, tiny, {"source": "here"}, "images")
+    stats = scores.statistics_of_batches(fid.own_batches(wide, 2), 3, tiny, {"source": "here"}, "images")
     assert stats.provenance == dict(images=3, size="8x4", source="here", splits=10,
                                     contrast=round((wide / 127.5 - 1).std(), 4))
-    stats = fid.statistics_of_batches(fid.own_batches([*wide, *tall], 2), 8, tiny, {}, "images")
+    stats = scores.statistics_of_batches(fid.own_batches([*wide, *tall], 2), 8, tiny, {}, "images")
     pixels = np.concatenate([wide.ravel(), tall.ravel()]) / 127.5 - 1
     assert stats.provenance == dict(images=8, size="mixed", splits=10, contrast=round(pixels.std(), 4))
 
 @pytest.mark.parametrize("shape", [(4, 8, 3), (8, 4, 3)])
 def test_images_that_differ_in_one_side_are_mixed(tiny, shape):
     images = [*pictures(3, shape=(8, 8, 3)), *pictures(3, shape=shape)]
-    stats = fid.statistics_of_batches(fid.own_batches(images, 2), 6, tiny, {}, "images")
+    stats = scores.statistics_of_batches(fid.own_batches(images, 2), 6, tiny, {}, "images")
     assert stats.provenance["size"] == "mixed"
 
 def test_ranks_take_batches_in_turn_and_leave_none_out(monkeypatch):
@@ -337,7 +339,7 @@ def test_ranks_take_batches_in_turn_and_leave_none_out(monkeypatch):
 
 def test_what_makes_no_statistics_is_refused(tiny):
     with pytest.raises(SystemExit, match="few: a covariance needs at least two images"):
-        fid.statistics_of_batches(fid.own_batches(pictures(1), 2), 1, tiny, {}, "few")
+        scores.statistics_of_batches(fid.own_batches(pictures(1), 2), 1, tiny, {}, "few")
     with pytest.raises(SystemExit, match="rows: features are not finite"):
         Rows(torch.tensor([[1.0], [math.nan]])).statistics()
 
@@ -361,7 +363,7 @@ def test_statistics_of_two_ranks_are_those_of_one(tmp_path):
     np.savez(tmp_path / "a.npz", pictures(30))
     torch.multiprocessing.spawn(on_two_ranks, (tmp_path,), nprocs=2)
     for i, one in enumerate(statistics_of_three(tmp_path)):
-        two = fid.Statistics.load(tmp_path / f"two-{i}.npz")
+        two = scores.Statistics.load(tmp_path / f"two-{i}.npz")
         for a, b in ((one.mu, two.mu), (one.sigma, two.sigma), (one.score, two.score)):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(one.kid_features, two.kid_features, rtol=1e-6)    # float32: of other batches
@@ -403,16 +405,16 @@ def test_statistics_go_to_and_come_from_pytorch_fid(tmp_path, tiny):
     theirs = statistics_of(tmp_path / "theirs.npz", tiny)
     assert theirs.weights == inception.SHA256 and theirs.kid_features is None   # pytorch-fid knows no other weights
     with pytest.raises(SystemExit, match="different networks"):
-        fid.compare(theirs, again)
+        scores.compare(theirs, again)
     again.weights = inception.SHA256
-    scores = fid.compare(theirs, again)["scores"]
-    assert abs(scores["FID"]) < 1e-9 and "KID" not in scores
+    found = scores.compare(theirs, again)["scores"]
+    assert abs(found["FID"]) < 1e-9 and "KID" not in found
     fid.main([str(tmp_path / "theirs.npz"), str(tmp_path / "theirs.npz"), "--device", "cpu"])   # needs no network
 
 def test_statistics_of_another_version_are_refused(tmp_path, tiny, monkeypatch):
     np.savez(tmp_path / "images.npz", pictures(20))
     stats = statistics_of(tmp_path / "images.npz", tiny)
-    monkeypatch.setattr(fid, "VERSION", fid.VERSION + 1)
+    monkeypatch.setattr(scores, "VERSION", scores.VERSION + 1)
     stats.save(tmp_path / "newer.npz")
     monkeypatch.undo()
     about = dict(n=20, weights="tiny", size="8x8", score=[1, 0], card={})         # as the first version had it
@@ -455,18 +457,18 @@ def test_unlike_things_are_not_compared(tmp_path, tiny, capsys):
         np.savez(tmp_path / f"{name}.npz", pictures(20, shape=shape))
     a, b = (statistics_of(tmp_path / f"{n}.npz", tiny) for n in "ab")
     with pytest.raises(SystemExit, match="sizes can't be compared: REAL has 8x8, FAKE 8x9"):
-        fid.compare(a, b)
+        scores.compare(a, b)
     other = statistics_of(tmp_path / "a.npz", inception.Features(Tiny(), "other", CPU))
     with pytest.raises(SystemExit, match="different networks can't be compared: REAL has tiny, FAKE other"):
-        fid.compare(a, other)
+        scores.compare(a, other)
     bf16 = statistics_of(tmp_path / "a.npz", inception.Features(Tiny(), "tiny", CPU, "bf16"))
     with pytest.raises(SystemExit, match="FAKE tiny-bf16"):
-        fid.compare(a, bf16)
+        scores.compare(a, bf16)
     capsys.readouterr()
-    fid.compare(a, a)
+    scores.compare(a, a)
     assert "images" not in capsys.readouterr().err
-    few = fid.statistics_of_batches(fid.own_batches(pictures(5), 5), 5, tiny, {}, "few")
-    fid.compare(few, a)
+    few = scores.statistics_of_batches(fid.own_batches(pictures(5), 5), 5, tiny, {}, "few")
+    scores.compare(few, a)
     assert "REAL has 5 images, fewer than the 6 features" in capsys.readouterr().err
 
 # ---- the command line -------------------------------------------------------------------------------------------
@@ -510,7 +512,7 @@ def test_a_model_is_scored_as_its_saved_images_would_be(tmp_path, tiny, model):
     assert three["fake"]["steps"] == 3 and two["real"]["images"] == 12
     sampling.main([*model[:2], "-n", "10", "--steps", "2", "--save", str(tmp_path / "png"), "--device", "cpu",
                    "--dtype", "fp32"])
-    saved = fid.compare(statistics_of(model[3], tiny), statistics_of(tmp_path / "png", tiny))
+    saved = scores.compare(statistics_of(model[3], tiny), statistics_of(tmp_path / "png", tiny))
     assert two["scores"].keys() - saved["scores"].keys() == {"fidelity", "fidelity std"}
     for name, value in saved["scores"].items():
         assert value == pytest.approx(two["scores"][name], rel=1e-5, abs=1e-9), name
@@ -570,9 +572,9 @@ def test_scores_are_logged_during_training(tmp_path, tiny, monkeypatch):
                 "--device", "cpu", "--data", str(data), "--out", str(tmp_path / "out"), "--sample-every", "0",
                 "--sample-steps", "2",
                 "--fid-every", "2", "--fid-samples", "6", "--weights", "random"])
-    scores = [e for e in log_of(tmp_path / "out") if "fake" in e]
-    assert [e["step"] for e in scores] == [2, 4]
-    for e in scores:
+    scored = [e for e in log_of(tmp_path / "out") if "fake" in e]
+    assert [e["step"] for e in scored] == [2, 4]
+    for e in scored:
         assert math.isfinite(e["FD (weights tiny)"]) and e["features"]["network"] == "tiny"
         assert e["real"]["images"] == 12
         assert e["fake"].items() >= dict(images=6, steps=2, seed=0, weights="ema", size="8x8").items()
@@ -623,7 +625,7 @@ def test_a_part_of_the_reference_is_always_the_same_and_told(tmp_path, tiny, mod
     assert "Against 5 of the 12 in data-8" in text
     images = fid.load_data(model[3], 8)
     order = np.random.default_rng(0).permutation(12)[:5]
-    want = fid.statistics_of_batches(fid.own_batches(images.pixels[order], 5), 5, tiny, {}, "part")
+    want = scores.statistics_of_batches(fid.own_batches(images.pixels[order], 5), 5, tiny, {}, "part")
     assert np.abs(fid.packed_statistics(images, tiny, count=5).mu - want.mu).max() < 1e-9
     assert "known from" not in capsys.readouterr().err
     fid.main([*model, "--real", "20"])                        # more than there are: all of them
