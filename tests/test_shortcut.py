@@ -196,7 +196,8 @@ def test_n_steps_are_n_evaluations_told_1_over_n(schedule, steps):
 def trained(tmp_path_factory):
     """A small model of train.py, without step lengths, and the flags that distil it."""
     folder = tmp_path_factory.mktemp("shortcut")
-    train.main([*SMALL_RUN, "--updates", "20", "--cache", str(folder / "cache"), "--out", str(folder / "base")])
+    train.main([*SMALL_RUN, "--updates", "20", "--data", labelled_images(folder / "data"), "--cache",
+                str(folder / "cache"), "--out", str(folder / "base")])
     return ["--schedule", "shortcut", "--ckpt", str(folder / "base" / "ckpt.pt"), "--batch", "8", "--steps", "4",
             "--pool", "20", "--log-every", "1", "--device", "cpu", "--dtype", "fp32", "--cache", str(folder / "cache")]
 
@@ -269,7 +270,7 @@ def test_data_with_other_classes_is_refused(small_run, trained, tmp_path):
     distill.main([*flags, "--data", labelled_images(tmp_path / "same", classes="ab")])
 
 def test_drawing_that_was_killed_goes_on_and_so_does_the_run(trained, tmp_path):
-    flags = [*trained, "--pool", "200", "--steps", "16", "--updates", "6", "--save-every", "3", "--sample-every", "0"]
+    flags = [*trained, "--pool", "80", "--steps", "16", "--updates", "6", "--save-every", "3", "--sample-every", "0"]
     child = start("distill.py", *flags, "--out", tmp_path / "cut")
     def part():
         return next((tmp_path / "cut").glob("pool-*.part"), None)
@@ -279,7 +280,7 @@ def test_drawing_that_was_killed_goes_on_and_so_does_the_run(trained, tmp_path):
     child.send_signal(signal.SIGKILL)
     child.wait()
     before = part().stat().st_size
-    assert before < 200 * 2 * 3 * 64
+    assert before < 80 * 2 * 3 * 64
     distill.main([*flags, "--out", str(tmp_path / "cut")])
     distill.main([*flags, "--out", str(tmp_path / "whole")])
     pools = [next((tmp_path / out).glob("pool-*")) for out in ("cut", "whole")]
