@@ -127,10 +127,10 @@ def loop_of(schedule):
 # For small models.
 DEFAULTS = dict(updates=128, batch=32, warmup=12, betas=[0.9, 0.98], ema=0.98, log_every=10, sample_every=0,
                 save_every=64)
-# These leave no step count from 2 to 8 worse than it was, but for pd on faces (docs/results.md, "A recipe").
+# These leave no step count from 2 to 8 worse than it was, with two small exceptions (docs/results.md, "A recipe").
 RATES = {"dsdn": 3e-6, "dsdi": 3e-6, "dsdgl": 3e-6, "dsdgexp": 3e-6, "tsd": 3e-5, "pd": 1e-4, "shortcut": 5e-4}
 
-# For shortcut, with any model, but never tried with LDM's. Many own samples of few steps serve better than few of many.
+# For shortcut, with any model, but never tried with LDM's.
 SHORTCUT = dict(updates=600, lr=RATES["shortcut"], lr_share=0.02, warmup=30, ema=0.98, target_ema=0.95, steps=16,
                 guidance=[2.0, 2.0])
 

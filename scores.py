@@ -1,6 +1,6 @@
 """The scores: FID, Inception Score, KID, precision and recall of features, fidelity, and what they need to know.
 
-    stats = statistics_of_batches(batches, n, features, provenance, name)    # features: see inception.load_features
+    stats = statistics_of_batches(batches, n, features, provenance, desc)    # features: see inception.load_features
     compare(real, fake)                                                      # two `Statistics`: all scores, and of what
 
 Whose images they are of: fid.py.
@@ -70,7 +70,7 @@ def reading(what, wrong):
 def statistics_of_batches(batches, n, features, provenance, desc, splits=10):
     """Statistics of n images that come in batches, with a progress bar: on rank 0; None on the others.
 
-    batches   this rank's own, see `own_batches`: (number of the first image, images as `Features.__call__` takes them)
+    batches   this rank's own, see fid.own_batches: (number of the first image, images as inception.Features takes them)
     desc      their name, for the bar and for errors
     splits    of the images, in their order, for the Inception Score
 

@@ -1,6 +1,6 @@
 """Train a diffusion model with self-distillation (section 4.2): the model learns from data, and from itself.
 
-    python train.py --distill 0.15                                          # built-in pictures: 3 to 8 minutes on a CPU
+    python train.py --distill 0.15                                          # built-in pictures: 3 to 26 min on a CPU
     python train.py --distill 0.15 --data celeba.zip --preset celeba64      # one GPU
     python train.py --distill 0.15 --data DIR --preset church64 --size 32   # any flag beats the preset
     python train.py --resume --out out/train                                # go on where a run stopped

@@ -30,14 +30,14 @@ ORDERS = {
 
 # The claim, and two rows of which the first should have the lower score.
 CLAIMS = {
-    "few updates suffice: 128 of DSDI beat none": ("dsdi, P = 128", "undistilled"),
+    "few updates suffice: 128 of DSDI beat the undistilled model": ("dsdi, P = 128", "undistilled"),
     "128 beat 512 of DSDI, each at its best rate": ("dsdi, P = 128", "dsdi, P = 512"),
     "DSDI's 128 beat PD's 128": ("dsdi, P = 128", "pd, P = 128"),
     "PD's 512 beat its 128": ("pd, P = 512", "pd, P = 128"),
-    "beat DSDI's 128": ("pd, P = 512", "dsdi, P = 128"),
-    "at equal cost: DSD first, PD after, beats PD alone": ("DSD first, PD after", "pd, P = 256"),
-    "beats DSD alone": ("DSD first, PD after", "dsdi, P = 320"),
-    "beats the other order": ("DSD first, PD after", "PD first, DSD after"),
+    "PD's 512 beat DSDI's 128": ("pd, P = 512", "dsdi, P = 128"),
+    "DSD first, PD after, beats PD alone, at equal cost": ("DSD first, PD after", "pd, P = 256"),
+    "DSD first, PD after, beats DSD alone": ("DSD first, PD after", "dsdi, P = 320"),
+    "DSD first, PD after, beats the other order": ("DSD first, PD after", "PD first, DSD after"),
 }
 
 def make(table):

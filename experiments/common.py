@@ -257,9 +257,9 @@ class Experiment:
 
     def last_scores(self, ckpt, steps):
         """The same of a run that is then deleted."""
-        scores = self.quick_scores(ckpt, steps)
+        found = self.quick_scores(ckpt, steps)
         shutil.rmtree(ckpt.parent)
-        return scores
+        return found
 
     def made(self, name, make):
         """The figure of this name: what make() returns, or None where that is broken."""
@@ -374,10 +374,10 @@ class QuickScore:
             return json.loads(kept.read_text())["scores"]
         device = pick_device()
         sampler = Sampler(*load_model(ckpt, device), device, pick_dtype("auto", device))
-        scores = [self(sampler, s) for s in progress(iterable=steps, desc=f"scoring {ckpt.parent.name}")]
+        found = [self(sampler, s) for s in progress(iterable=steps, desc=f"scoring {ckpt.parent.name}")]
         with whole_file(kept) as tmp:
-            tmp.write_text(json.dumps(dict(stamp=stamp, scores=scores)))
-        return scores
+            tmp.write_text(json.dumps(dict(stamp=stamp, scores=found)))
+        return found
 
 # ---- scores of fid.py ----------------------------------------------------------------------------------
 def fid_scores(ckpt, steps, n, data=(), weights=inception.RANDOM, device="auto"):

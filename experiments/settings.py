@@ -4,13 +4,13 @@
     python experiments/settings.py --seeds                 # only the page, of what settings.json has
     python experiments/settings.py --lab                   # in lab.py's plane: settings-lab.md; ten minutes
 
-What settings.json has is not made again. Small differences mean nothing: the page shows more than one seed if you do.
+--out docs: the page of the docs. What settings.json has is not made again.
 """
 
 from unittest import mock
 
 import lab
-from common import STEPS, Experiment, cell, evaluations, heading, pairs, row, seeds_of, write
+from common import STEPS, Experiment, evaluations, heading, pairs, row, seeds_of, write
 from table2 import BASE, SIZES
 
 import distill
@@ -31,7 +31,7 @@ SETTINGS = {                                                  # flags beside HAL
 }
 METHODS = {name: ([*HALF, *flags], None) for name, flags in SETTINGS.items()}      # no search: at their rates
 
-LAB = {                                                       # of `lab.in_the_lab`, and the number of lengths
+LAB = {                                                       # of `lab.in_the_lab`, and levels: the number of lengths
     "those of lab.md": {},
     "a quarter of the rows jump": dict(share=0.25),
     "three quarters": dict(share=0.75),
@@ -78,22 +78,22 @@ def in_the_lab(net, mixture, seed, levels=7, **changed):
 
 def laboratory(seeds):
     """The page of the laboratory."""
-    mixture, found = lab.Mixture(), {name: [] for name in ("trained", *LAB)}
+    mixture, found = lab.Mixture(), {}
     for seed in progress(iterable=seeds, desc="the laboratory", unit="seed"):
         net = lab.trained(mixture, seed=seed)
-        found["trained"].append(lab.distances(net, mixture))
+        found.setdefault("trained", []).append(lab.distances(net, mixture))
         for name, changed in LAB.items():
-            found[name].append(in_the_lab(net, mixture, seed, **changed))
-    noise = lab.noise_of_distances(mixture)
-    lines = [f"`python experiments/settings.py --lab`: distance as in lab.md of 4,000 samples of N steps, mean of "
-             f"{len(seeds)} seeds of training and of fine-tuning ± half their range. Other exact samples have "
-             f"{min(noise):.3f} to {max(noise):.3f}.", "", heading("setting", *lab.STEPS)]
-    return "\n".join([*lines, *(row(name, map(cell, zip(*runs, strict=True))) for name, runs in found.items())])
+            values = ", ".join(f"{key} {value:g}" for key, value in changed.items())
+            found.setdefault(name + (f": {values}" if values else ""), []).append(
+                in_the_lab(net, mixture, seed, **changed))
+    return lab.page("`python experiments/settings.py --lab`", found)
 
 def main(argv=None):
     p = Experiment.flags("table2", __doc__, samples=256)
-    p.add_argument("--lab", action="store_true", help="in the laboratory instead")
+    p.add_argument("--lab", action="store_true", help="in the laboratory instead, which has --seeds and --out only")
     args = p.parse_args(argv)
+    if args.lab and (not args.seeds or args.data or args.ckpt):
+        p.error("--lab has no page without --seeds, and takes no --data and no --ckpt")
     if args.lab:
         return write(args.out / "settings-lab.md", laboratory(args.seeds))
     Experiment("settings", args, [*BASE, *SIZES[16]], METHODS).sitting(make, page)

@@ -45,7 +45,7 @@ class Tiny(torch.nn.Module):
 def short(request, monkeypatch):
     """Runs look at samples of 8 steps at most, their curves.png is empty, and `--weights random` is of six features.
 
-    But in a test that is marked `whole`, and in other processes."""
+    Except in a test that is marked `whole`, and in other processes."""
     if request.node.get_closest_marker("whole"):
         return
     features, real = inception.Features(Tiny(), inception.RANDOM, torch.device("cpu")), inception.load_features

@@ -40,7 +40,8 @@ def rehearse(script, flags, out, monkeypatch, capsys, picture=True):
     assert re.search(r"(\d+) runs and scores to make: about \d+\.\d h", capsys.readouterr().err)
     made, page = ((out / f"{name}.{kind}").read_text() for kind in ("json", "md"))
     assert (out / f"{name}.png").exists() == picture
-    monkeypatch.setattr(common, "to_the_end", None)           # a run or a score would now be an error
+    for module in (common, script):                           # a run or a score would now be an error
+        monkeypatch.setattr(module, "to_the_end", None, raising=False)
     monkeypatch.setattr(scores, "frechet_distance", None)
     script.main([*flags, "--seeds"])
     assert (out / f"{name}.json").read_text() == made and (out / f"{name}.md").read_text() == page
@@ -107,7 +108,7 @@ def test_claims(place, tmp_path, monkeypatch, capsys):
     figures, page = rehearse(claims, place, tmp_path, monkeypatch, capsys)
     assert figures["DSD first, PD after, seed 0"]["lr"] == [3e-6, 1e-4]         # the default rates
     both, alone = ([figures[f"{name}, seed {seed}"]["scores"][0][0] for seed in (0, 1)] for name in orders)
-    assert cells(page, "beats the other order")[0] == common.verdict(both, alone)
+    assert cells(page, "DSD first, PD after, beats the other order")[0] == common.verdict(both, alone)
     assert cells(page, "PD's 512 beat its 128") == ["–", "–"]
 
 def test_settings(place, tmp_path, monkeypatch, capsys):
@@ -122,12 +123,16 @@ def test_settings(place, tmp_path, monkeypatch, capsys):
 
 def test_settings_in_the_laboratory(tmp_path, monkeypatch):
     monkeypatch.setattr(settings.lab, "trained", lambda mixture, seed: settings.lab.MLP())
-    lengths = dict(seven=7, two=2, again=7)
-    monkeypatch.setattr(settings, "LAB", {name: dict(updates=30, levels=k) for name, k in lengths.items()})
+    known = {*vars(settings.distill.parse_args(settings.HALF)), "levels", "pool"}
+    assert all(changed.keys() <= known for changed in settings.LAB.values())
+    changes = {"as ever": {}, "few": dict(pool=2), "levels": dict(levels=2), "again": dict(levels=7)}
+    monkeypatch.setattr(settings, "LAB", changes)
+    monkeypatch.setitem(settings.lab.SETTINGS, "shortcut", dict(lr=1e-2, updates=30))
     settings.main(["--lab", "--seeds", "0", "--out", str(tmp_path)])
     page = (tmp_path / "settings-lab.md").read_text()
-    seven, two, again = (cells(page, name) for name in lengths)
-    assert seven == again != two and len(cells(page, "trained")) == len(settings.lab.STEPS)
+    ever, few, two, again = (cells(page, name) for name in ("as ever", "few: pool 2", "levels: levels 2",
+                                                            "again: levels 7"))
+    assert ever == again != two and few not in (ever, two) and len(cells(page, "trained")) == len(settings.lab.STEPS)
 
 def test_figure3(place, tmp_path, monkeypatch, capsys):
     sets = dict.fromkeys(("built-in", "faces, 16x16"), (BASE, 4))

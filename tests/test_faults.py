@@ -1,6 +1,6 @@
 """What goes wrong around the project: full disks, second processes, replaced files, odd names, damaged data.
 
-With the real thing where it can be had: a process of its own that is killed, limited or run without a home.
+With the real thing where it can be had: a process of its own that is killed, files that can't grow.
 """
 
 import contextlib
@@ -261,14 +261,16 @@ def test_names_that_cant_be_printed(tmp_path, encoding, monkeypatch):
         with monkeypatch.context() as m:
             for name, value in (("argv", [script.__name__, *flags]), ("stdout", terminal), ("stderr", terminal)):
                 m.setattr(sys, name, value)
-            runtime.launch(script.main)
+            try:
+                runtime.launch(script.main)
+            except SystemExit as e:                           # of --help
+                assert not e.code
         return raw.getvalue()
     flags = [*SMALL_RUN, "--data", str(tmp_path / "data"), "--cache", str(tmp_path / "c"), "--updates", "2"]
     first, from_the_cache = (printed(train, *flags, "--out", str(tmp_path / run)) for run in "ab")
     assert b"done: " in first and rb"d\udce9.jpg" in first and b"done: " in from_the_cache
     for script in (train, distill, sample, fid):
-        with pytest.raises(SystemExit, match="^0$"):
-            printed(script, "--help")
+        assert b"usage: " in printed(script, "--help")
 
 def test_samples_that_are_not_finite_are_no_pictures(ckpt, tmp_path):
     state = load_checkpoint(ckpt)

@@ -1,4 +1,4 @@
-"""fid.py and inception.py against values made with pytorch-fid and torch-fidelity (fid_golden.npz), and against numpy.
+"""fid.py, scores.py, inception.py against values of pytorch-fid and torch-fidelity (fid_golden.npz), and against numpy.
 
 The reference network had synthetic weights, made by the rule in `synthetic`: a network that agrees on
 those has the right graph, and with the released weights gives the released features.

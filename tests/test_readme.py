@@ -49,7 +49,7 @@ def test_what_the_pages_name_in_a_file_is_there():
         for file, names in re.findall(r"`(\w+\.py)`: ([^|;]*)", page.read_text()):
             source = (ROOT / file).read_text()
             for name in re.findall(r"`(\w+)", names):
-                assert re.search(rf"\b{name}\b", source), (page, name)
+                assert re.search(rf"^ *(def|class) {name}\b|^{name}\b.* =", source, re.M), (page, name)
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_linked_files_exist(page):
