@@ -442,6 +442,11 @@ def rates_of(runs):
     """The cell of the rates that the seeds of a row had: one, unless several sittings chose differently."""
     return ", ".join(dict.fromkeys(f"{lr:g}" for run in runs for lr in ([run["lr"]] if "lr" in run else [])))
 
+def plain_numbers(axis):
+    """Have a logarithmic axis of matplotlib say 0.5, not 5 x 10^-1."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}")
+
 def write(path, text):
     """Write a page of Markdown, its paragraphs in lines of 120 characters, and print it."""
     text = "\n".join(line if line.startswith("|") else textwrap.fill(line, 120) for line in text.splitlines())

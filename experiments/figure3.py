@@ -20,10 +20,12 @@ from common import (
     STEPS,
     Figures,
     QuickScore,
+    claims_table,
     evaluations,
     file_name,
     heading,
     pairs,
+    plain_numbers,
     row,
     seconds,
     seconds_per_evaluation,
@@ -62,6 +64,15 @@ KINDS = {
 AFTER = {"plain, then shortcut": 1.2, "both in the time of one": 0.58}          # the share of the plain training
 TUNED = ["--schedule", "shortcut"]
 NAMES = [*KINDS, *AFTER]
+
+# The claim, and two rows of which the first should have the lower score.
+CLAIMS = {
+    "Equation 1 beats plain training": ("Equation 1", "plain"),
+    "--shortcut beats plain training": ("shortcut", "plain"),
+    "fine-tuning by shortcut helps": ("plain, then shortcut", "plain"),
+    "it does in the time of one training": ("both in the time of one", "plain"),
+    "--shortcut beats that": ("shortcut", "both in the time of one"),
+}
 
 @contextmanager
 def scored_along(every, score):
@@ -147,6 +158,10 @@ def page(args, figures):
         lines += ["", f"**{images}**", "", heading("", "seeds", *STEPS, "evaluations")]
         lines += [row(name, [f"{len(runs)}", *pairs([run["last"] for run in runs])], f"{runs[0]['evaluations']:,.0f}")
                   for (other, name), runs in found.items() if other == images]
+        def values(row, steps):
+            return [run["last"][STEPS.index(steps)][0] for run in figures.of_seeds(row)]
+        claims = {claim: [f"{images}, {name}" for name in names] for claim, names in CLAIMS.items()}
+        lines += claims_table(claims, STEPS, figures, values)
     return "\n".join(lines)
 
 def draw(found, sets, path):
@@ -160,6 +175,7 @@ def draw(found, sets, path):
                 axis.plot([step for step, _ in run["curve"]], [scores[i][0] for _, scores in run["curve"]], ".-",
                           alpha=0.7, color=f"C{NAMES.index(name)}", label=name if run is runs[0] else None)
             axis.set(yscale="log", xlabel="updates", title=f"{images}: quick score at {SCORED[i]} steps")
+            plain_numbers(axis.yaxis)
     axes[0][-1].legend()
     figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)

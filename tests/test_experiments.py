@@ -146,6 +146,8 @@ def test_figure3(place, tmp_path, monkeypatch, capsys):
     assert len({json.dumps(figures[f"faces, 16x16, {name}, seed 0"]) for name in figure3.NAMES}) == len(figure3.NAMES)
     last = [figures[f"faces, 16x16, plain, seed {seed}"]["last"][0][0] for seed in (0, 1)]
     assert cells(page, "plain")[1].startswith(f"{sum(last) / 2:.3g} ± ")
+    other = [figures[f"faces, 16x16, Equation 1, seed {seed}"]["last"][0][0] for seed in (0, 1)]
+    assert cells(page, "Equation 1 beats plain training")[0] == common.verdict(other, last)
     assert (tmp_path / "figure3-faces-16x16.png").exists()
 
 @pytest.mark.parametrize("start,best,tried", [(1, 4, [0, 1, 2, 3, 4, 5]), (5, 4, [3, 4, 5, 6]), (4, 4, [3, 4, 5]),
