@@ -71,6 +71,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny, tmp_path, capsys):
         assert_close({k: x[k] for k in ("loss", "v", "grad_norm")}, {k: y[k] for k in ("loss", "v", "grad_norm")},
                      rtol=1e-4, atol=0)
 
+@pytest.mark.whole                                            # as those processes do
 def test_samples_and_scores_of_two_processes_are_those_of_one(tiny, tmp_path):
     """Samples to the last bit; scores to the rounding of sums, which two processes add up in another order."""
     train.main([*tiny, "--updates", "2", "--out", str(tmp_path / "out")])
