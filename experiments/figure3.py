@@ -70,8 +70,8 @@ CLAIMS = {
     "Equation 1 beats plain training": ("Equation 1", "plain"),
     "--shortcut beats plain training": ("shortcut", "plain"),
     "fine-tuning by shortcut helps": ("plain, then shortcut", "plain"),
-    "it does in the time of one training": ("both in the time of one", "plain"),
-    "--shortcut beats that": ("shortcut", "both in the time of one"),
+    "fine-tuning by shortcut helps, both in the time of one training": ("both in the time of one", "plain"),
+    "--shortcut beats fine-tuning in the time of one training": ("shortcut", "both in the time of one"),
 }
 
 @contextmanager

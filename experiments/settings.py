@@ -14,6 +14,7 @@ from common import STEPS, Experiment, evaluations, heading, pairs, row, seeds_of
 from table2 import BASE, SIZES
 
 import distill
+import shortcut
 from runtime import progress
 
 HALF = ["--schedule", "shortcut", "--updates", "300"]
@@ -70,7 +71,7 @@ def page(table):
                                 *pairs([run["scores"] for run in runs])]))
     return "\n".join(lines)
 
-def in_the_lab(net, mixture, seed, levels=7, **changed):
+def in_the_lab(net, mixture, seed, levels=shortcut.LEVELS, **changed):
     """`lab.distances` of a network that was fine-tuned with some settings changed."""
     with mock.patch("shortcut.LEVELS", levels):
         student = lab.in_the_lab(net, mixture, "shortcut", seed=seed, **lab.SETTINGS["shortcut"] | changed)

@@ -29,16 +29,17 @@ import distill
 BASE = ["--crop", "0.787", "--updates", "4000", "--ema", "0.998", "--lr-end", "1e-5", "--sample-every", "0"]
 SIZES = {16: ["--size", "16"], 32: ["--size", "32", "--model", "small32"]}
 P = ["--updates", "128", "--batch", "32"]
+STEADIED = ["--schedule", "dsdgl", "--target-ema", "0.98", *P]
 METHODS = {                                                   # flags, and the rate to begin the search at
     **{name: (["--schedule", name, *P], lr) for name, lr in (
         ("pd", 3e-4), ("tsd", 1e-4), ("dsdn", 3e-5), ("dsdi", 1e-5), ("dsdgl", 1e-5), ("dsdgexp", 1e-5))},
-    "dsdgl-average": (["--schedule", "dsdgl", "--target-ema", "0.98", *P], 3e-4),
+    "dsdgl-average": (STEADIED, 3e-4),
     "shortcut": (["--schedule", "shortcut"], None),
     "shortcut-brief": (["--schedule", "shortcut", "--updates", "76", "--pool", "64", "--steps", "32"], None),
     # Of about as many evaluations as shortcut, 10^5.
     "pd-long": (["--schedule", "pd", *P, "--updates", "1024"], 3e-5),
     "tsd-long": (["--schedule", "tsd", *P, "--updates", "1024"], 1e-5),
-    "dsdgl-average-long": (["--schedule", "dsdgl", "--target-ema", "0.98", *P, "--updates", "1536"], 3e-5),
+    "dsdgl-average-long": ([*STEADIED, "--updates", "1536"], 3e-5),
 }
 PAPERS = "dsdn", "dsdi", "dsdgl", "dsdgexp"                   # which the paper compares with TSD at one rate
 OWN, SAME = "own rate", "TSD's rate"
