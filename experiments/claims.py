@@ -24,7 +24,7 @@ KINDS = {                                                     # flags, and for e
 METHODS = {f"{kind}, P = {p}": ([*flags, "--updates", str(p), "--batch", "16"], lr)
            for kind, (flags, rates) in KINDS.items() for p, lr in rates.items()}
 
-# Of one cost in time with 256 updates of PD and 320 of DSD: 8 of PD take as long as 10 of DSD (docs/results.md).
+# Of about one cost with 256 updates of PD and 320 of DSD: 8 of PD take as long as 9 to 10 of DSD (docs/results.md).
 ORDERS = {
     "DSD first, PD after": ["dsdi, P = 160", "pd, P = 128"],
     "PD first, DSD after": ["pd, P = 128", "dsdi, P = 160"],
@@ -66,7 +66,7 @@ def page(table):
         return rates, seeds_of(table.figures, name) if run else "", f"{cost / 1000:.1f}" if run else ""
     lines = [f"`python experiments/claims.py`: {table.figures}. Quick score at N steps, mean of seeds of "
              f"distillation ± half their range, and contrast. Rates: chosen by the mean fidelity at 2, 4 and 8 steps "
-             f"of a run of seed {table.CHOICE}, each some three times the last: a row may have traded 8 steps for 2. "
+             f"of a run of seed {table.CHOICE}, tried in steps of three: a row may have too high a one, which gains it 2 steps and costs it 8. "
              f"Evaluations: thousands of images through a network.", "", "![scores against updates](claims.png)", "",
              heading("run", "rate", "seeds", "evaluations", *STEPS)]
     lines += [row(name, [*about(name), *pairs([run["scores"] for run in runs])]) for name, runs in found.items()]

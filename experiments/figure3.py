@@ -151,7 +151,8 @@ def page(args, figures):
     sets = [images for images in SETS if any(other == images for other, _ in found)]
     draw(found, sets, args.out / "figure3.png")
     lines = [f"`python experiments/figure3.py`: {figures}. Quick score at N steps: mean of seeds of training ± half "
-             f"their range, and contrast. All but the fourth take about the same time. Evaluations: images through the "
+             f"their range, and contrast. The numbers of updates are such that all but the fourth "
+             f"should take about the same time (docs/scaling.md). Evaluations: images through the "
              f"network, with a gradient or without.", "",
              "![scores against updates](figure3.png)"]
     for images in sets:

@@ -88,6 +88,7 @@ def main(argv=None):
     if args.lab:
         return laboratory(args.docs)
     name_of, rows, data = "guard-faces" if args.data else "guard", [], ["--data", args.data] if args.data else []
+    made = f" --ckpt {args.ckpt} --data {Path(args.data).name}" if args.data else ""
     eye = json.loads(Path(args.eye).read_text()).get(name_of, {})
     def rfid(ckpt):
         scores, _ = fid_scores(Path(ckpt), (2, 4, 8), SAMPLES, data)
@@ -113,7 +114,7 @@ def main(argv=None):
     rows.sort(key=lambda cells: (VERDICTS.index(cells[0]), -float(cells[5])))
     write(Path(args.docs, f"{name_of}.md"), "\n".join([
         f"What runs do to fidelity and contrast, from one model, seed 0, {NOISES} noises "
-        f"(`python experiments/guard.py`).", f"rFID of {SAMPLES} samples in 2, 4, 8 steps; undistilled: {was}.", "",
+        f"(`python experiments/guard.py{made}`).", f"rFID of {SAMPLES} samples in 2, 4, 8 steps; undistilled: {was}.", "",
         heading("by eye", "run", "fidelity 2", "4", "8", "lowest on the way", "highest contrast", "best update",
                 "rFID 2 4 8", "blurred 2 4 8", "SSIM 2 4 8"),
         *(row(name, cells) for name, *cells in rows)]))

@@ -49,6 +49,7 @@ CLAIMS = {
     "DSDI beats TSD at TSD's rate": (f"dsdi, {SAME}", f"tsd, {OWN}"),
     "DSDI beats TSD, each at its own rate": (f"dsdi, {OWN}", f"tsd, {OWN}"),
     "DSDN, which needs no schedule, beats DSDI": (f"dsdn, {OWN}", f"dsdi, {OWN}"),
+    "DSDGL beats DSDI: a linear reduction, halving": (f"dsdgl, {OWN}", f"dsdi, {OWN}"),
     "DSDN beats DSDGL": (f"dsdn, {OWN}", f"dsdgl, {OWN}"),
     "PD, which reads data, beats DSDI": (f"pd, {OWN}", f"dsdi, {OWN}"),
     "an average as the target helps DSDGL": (f"dsdgl-average, {OWN}", f"dsdgl, {OWN}"),
