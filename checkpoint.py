@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -102,16 +101,13 @@ def load_checkpoint(path):
 def load_model(path, device="cpu", ema=True):
     """The network of a checkpoint, ready to sample: (net, state). `ema=False`: the weights, not their average."""
     state = load_checkpoint(path)
-    known = {f.name for f in fields(UNetConfig)}
-    if not state["config"].keys() <= known:
-        raise CheckpointError(f"error: {path}: unknown model settings {sorted(state['config'].keys() - known)}")
-    with torch.device("meta"):                                # no random weights: those of the file follow
-        net = UNet(UNetConfig(**state["config"])).to_empty(device="cpu")
     try:
+        with torch.device("meta"):                            # no random weights: those of the file follow
+            net = UNet(UNetConfig(**state["config"])).to_empty(device="cpu")
         net.load_state_dict(state["ema" if ema else "weights"])
-    except RuntimeError as e:
-        first = str(e).splitlines()[1].strip()
-        raise CheckpointError(f"error: {path}: its weights do not fit its own config ({first})") from None
+    except (TypeError, ValueError, RuntimeError) as e:
+        why = str(e).splitlines()[-1].strip()
+        raise CheckpointError(f"error: {path}: its weights do not fit its own config ({why})") from None
     return net.to(device, memory_format=memory_format(device)).eval().requires_grad_(False), state
 
 def trained_on(state):

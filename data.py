@@ -58,13 +58,7 @@ class Files:
         self.names = sorted(n for n in names if Path(n).suffix.lower() in SUFFIXES | UNREAD
                             and not any(p.startswith((".", "__MACOSX")) for p in Path(n).parts))
         self.count = len(self.names)
-        if "dataset.json" in names:
-            self.labels, self.classes = self._edm_labels()
-            self.fingerprint += " EDM"
-            return
-        self.labels, self.classes = _labels(self.names)
-        if self.classes != sorted(self.classes):              # packed by older versions with labels in this order
-            self.fingerprint += " natural"
+        self.labels, self.classes = self._edm_labels() if "dataset.json" in names else _labels(self.names)
 
     def _open_folder(self):
         names, digest, seen = [], hashlib.sha256(), set()
@@ -184,7 +178,7 @@ def open_source(path):
 
 def to_rgb(image):
     """Any PIL image as RGB: palettes and greyscale expanded, transparency laid on white."""
-    if "A" in image.mode or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -302,7 +296,7 @@ def locked(folder, work):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
-            with contextlib.suppress(ImportError):            # Windows: two runs must not pack the same data at once
+            with contextlib.suppress(ImportError, OSError):   # no locks: two runs must not pack the same data at once
                 import fcntl
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -311,12 +305,12 @@ def locked(folder, work):
     except KeyboardInterrupt:
         raise DataError(f"stopped {work}; the same command goes on from there") from None
 
-def check_space(folder, need, what):
-    """Raise DataError if a folder has less than `need` bytes left."""
+def check_space(folder, need, what, flag="--cache"):
+    """Raise DataError if a folder, which a flag names, has less than `need` bytes left."""
     free = shutil.disk_usage(folder).free
     if need > free:
         raise DataError(f"error: {what} needs {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f}; "
-                        f"--cache names another folder")
+                        f"{flag} names another folder")
 
 def mapped(path, dtype, shape):
     """A file as an array, read from the disk as it is used. Raises DataError if it has not the right length, since to
@@ -449,5 +443,6 @@ def grid(x, columns, labels=(), heads=()):
 
 def save_grid(x, path, columns, labels=(), heads=()):
     """Write a `grid` as a PNG."""
+    picture = grid(x, columns, labels, heads)
     with whole_file(path) as tmp:                             # a viewer that reloads never sees half a picture
-        grid(x, columns, labels, heads).save(tmp, "PNG")
+        picture.save(tmp, "PNG")

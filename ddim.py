@@ -41,8 +41,8 @@ class Schedule:
 
     def log_snr(self, t):
         """λ_t = log(α_t² / σ_t²) (Algorithms 1 and 2), kept within ±20 so that it is finite at t = 0 and 1."""
-        a, s = self(t)
-        return (2 * (a.log() - s.log())).clamp(-20, 20)
+        a, s = self(t)                                        # α_1 may be rounded to a little below 0
+        return (2 * (a.clamp(min=1e-12).log() - s.log())).clamp(-20, 20)
 
     @staticmethod
     def equal_times(steps):
@@ -191,7 +191,7 @@ def ddim_target(xhat, z, x1, t, t1, t2, target="ddim", **cond):
     """Two small steps t -> t' -> t'' and the x'' with which one big step would land there too (Algorithm 2).
 
     z (B, C, H, W) at t; x1 = x̂(z_t), already evaluated; `xhat` makes the second prediction, with `cond`
-    (y, w) as its condition. Returns x'' and z_t'', both without gradient: x'' is the target that x' is
+    (y, w, d) as its condition. Returns x'' and z_t'', both without gradient: x'' is the target that x' is
     pulled to, and z_t'' is where the next pair of steps begins. target "x0" returns x̂(z_t') itself as x'',
     which is what sections 1 and 4.1 and Figure 1 describe."""
     schedule = xhat.schedule

@@ -238,10 +238,10 @@ def main(argv=None):
     if state:
         trainer.load(state, needs=["reference"])
     data = Latents(images, source, device, args.dtype) if args.ldm and reads_data(args) else images
-    prepare_out(args, state)
     print(f"{args.schedule}: {param_count(net) / 1e6:.2f} M parameters, {args.updates:,} updates of {args.batch} on "
           f"{describe_device(device)} in {args.dtype}, from {args.steps} steps, lr {args.lr:g} to {final_rate(args):g}")
     remember_before(trainer, source, state)
+    prepare_out(args, state)
     method, steps = METHODS[args.schedule], plan(args.schedule, args.steps, args.updates)
     if method.shortcut and net.config.classes:
         model_info["guidance"] = args.guidance[0]             # from here on built in

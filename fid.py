@@ -50,7 +50,7 @@ from runtime import (
     ranks,
     warn_if_busy,
 )
-from sample import Sampler, load_sampler, spread_classes
+from sample import Sampler, load_sampler, model_name, spread_classes
 from scores import (
     MANY,
     NEIGHBOURS,
@@ -85,10 +85,10 @@ class Side:
     exact: bool = True
     network: str | None = None
 
-def open_side(path, size=None, crop=None, batch=64):
+def open_side(path, size=None, crop=None, batch=64, cache=None):
     """A `Side` of the comparison: a folder, zip, LMDB, npz of images or of statistics. Raises DataError.
 
-    size, crop   bring the images to a model's size first, through the very packing of training"""
+    size, crop, cache   bring the images to a model's size first, through the very packing of training"""
     path = Path(path).expanduser()
     about = dict(source=str(path), prepared="as stored")
     if path.suffix == ".npz" and path.is_file():
@@ -101,7 +101,7 @@ def open_side(path, size=None, crop=None, batch=64):
         images, exact = npz_images(path), True
         n, shape, batches = len(images), images.shape[1:], lambda: own_batches(images, batch)
     elif size:
-        images = load_data(path, size, crop)
+        images = load_data(path, size, crop, cache)
         return Side(lambda features: packed_statistics(images, features, batch), f"{size}x{size}")
     else:
         source, exact = open_source(path), False
@@ -221,7 +221,8 @@ def evaluate(args, path, features, device):
     new = 0 if reference_path(images, features, count).exists() else count or len(images)
     tell_time(path, sampler, features, unknown, args.n, new)
     fidelity_at = fidelity_scorer(sampler, state)
-    reference, results = [], []                               # read, or computed, for the first score that is not known
+    reference = cache(lambda: packed_statistics(images, features, args.batch, count))
+    results = []
     for steps in args.steps:
         file, result = kept(steps), None
         with suppress(OSError, ValueError):                    # not known yet, or a file that a power cut emptied
@@ -230,11 +231,10 @@ def evaluate(args, path, features, device):
         if result:
             log_stderr(f"{path} at {steps} steps: known from {file}")
         else:
-            reference = reference or [packed_statistics(images, features, args.batch, count)]
-            fake = sampled_statistics(sampler, steps, args.n, features, model, args.batch)
+            real, fake = reference(), sampled_statistics(sampler, steps, args.n, features, model, args.batch)
             if rank():
                 continue
-            result = compare(reference[0], fake)
+            result = compare(real, fake)
             result["scores"] |= fidelity_at(steps)
             try:
                 with whole_file(file) as tmp:
@@ -266,7 +266,7 @@ def tell_time(path, sampler, features, steps, n, new):
 def table(results):
     """Markdown: a table per metric, rows = models, columns = steps. results: {name: [what `compare` gives, …]}."""
     every, lines = [r for row in results.values() for r in row], []
-    for metric in (m for m in every[0]["scores"] if not m.endswith(" std")):
+    for metric in dict.fromkeys(m for r in every for m in r["scores"] if not m.endswith(" std")):
         steps = [str(r["fake"]["steps"]) for r in next(iter(results.values()))]
         lines += [f"**{metric}** at N steps", "", f"| model | images | {' | '.join(steps)} |"]
         lines += ["|---|---|" + "---|" * len(steps)]
@@ -318,11 +318,11 @@ def parse_args(argv=None):
     device_flags(g)
     p.set_defaults(classes=None)                              # all of them, in turn
     args = p.parse_args(argv)
-    if args.save and (Path(args.save).suffix != ".npz" or args.save in args.sides):
-        p.error("--save needs a new file, ending in .npz")
+    if args.save and (args.ckpt or Path(args.save).suffix != ".npz" or args.save in args.sides):
+        p.error("--save needs a new file, ending in .npz, and image files")
     if len(args.sides) not in ([0] if args.ckpt else [1, 2] if args.save else [2]):
         p.error("give REAL and FAKE, or one of them with --save, or --ckpt with --data")
-    if args.crop and not args.size:
+    if args.crop and (args.ckpt or not args.size):
         p.error("--crop goes with --size: it is part of bringing REAL to a model's size")
     return args
 
@@ -359,7 +359,7 @@ def compare_models(args, features, device):
             sys.exit(f"error: {path} is one of LDM's models: the images to compare with have to be given, as --data")
     results, out = {}, Path(args.out)
     for path in args.ckpt:
-        name = Path(path).parent.name or Path(path).stem
+        name = model_name(path)
         results[name if name not in results else str(path)] = evaluate(args, path, features, device)
         if rank() == 0:                                        # after each model: an interrupted table is still a table
             for file, text in (("table.md", table(results) + "\n"), ("table.json", json.dumps(results, indent=1))):
@@ -375,10 +375,11 @@ def main(argv=None):
     for path in [*(args.ckpt or []), *args.sides]:             # before a long download, and longer sampling
         if not Path(path).expanduser().exists():
             sys.exit(f"error: no such file or folder: {path}")
-    sides = [open_side(path, None if i else args.size, args.crop, args.batch) for i, path in enumerate(args.sides)]
+    sides = [open_side(path, None if i else args.size, args.crop, args.batch, args.cache)
+             for i, path in enumerate(args.sides)]
     if args.save:
         check_save(Path(args.save))
-    needed = args.ckpt or not all(is_statistics(path) for path in args.sides)
+    needed = args.ckpt or not all(side.network for side in sides)
     features = load_features(args.weights, device, args.features) if needed else None
     if not args.ckpt:
         return compare_files(args, sides, features)

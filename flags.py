@@ -63,7 +63,8 @@ def score_flags(g):
 def run_flags(g):
     """What most runs leave as it is."""
     g.add_argument("--log-every", type=at_least(1), metavar="N", help="updates between two lines of the log")
-    g.add_argument("--sample-every", type=at_least(0), metavar="N", help="updates between two pictures; 0: none")
+    g.add_argument("--sample-every", type=at_least(0), metavar="N",
+                   help="updates between two pictures; 0: none on the way")
     g.add_argument("--save-every", type=at_least(1), metavar="N", help="updates between two checkpoints")
     g.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
                    help="write OUT's log and pictures for TensorBoard too, which is a package of its own")
@@ -94,7 +95,7 @@ def parse_with_saved(p, argv, defaults, fixed):
         sys.exit(f"error: the run in {out} ended before its first checkpoint: start it again, without --resume")
     saved = load_checkpoint(out / "ckpt.pt")["args"] if given.resume else {}
     if saved:                                                 # a flag that is newer than the run: as if not given
-        settings = {k: v for k, v in saved.items() if k not in ("resume", "overwrite")} | dict(out=settings["out"])
+        settings = saved | dict(out=settings["out"])
     p.set_defaults(**settings)
     args = p.parse_args(argv)
     for name in ("data", "cache", "weights"):                 # for --resume in another folder

@@ -24,8 +24,8 @@ LOOKS = 12                 # in the course of a run
 def sampler_of(trainer, count=None, w=1.0):
     """A Sampler of the averaged weights. It draws the classes in turn: all of them, or `count` spread over all."""
     classes = trainer.net.config.classes
-    y = spread_classes(classes, count or max(1, classes))
-    return Sampler(trainer.ema, trainer.model_info, trainer.device, trainer.args.dtype, y, w if y else 1.0)
+    y = spread_classes(classes, count or classes)
+    return Sampler(trainer.ema, trainer.model_info, trainer.device, trainer.args.dtype, y, w)
 
 def shown_guidance(trainer):
     """(The guidance of `draw_shown`: the one that is built into the model, or the middle of --guidance; what of it the

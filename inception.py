@@ -11,7 +11,6 @@ import hashlib
 import math
 import sys
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -122,20 +121,12 @@ class Features:
 
         Takes them one by one from an iterator, so that big ones need not be in memory together."""
         # Bilinear without antialiasing: as pytorch-fid does it, also where that shrinks an image.
-        x = torch.cat([F.interpolate(torch.from_numpy(run).to(self.device).permute(0, 3, 1, 2) / 255, (299, 299),
-                                     mode="bilinear", align_corners=False) for run in stacks(images)])
+        x = torch.cat([F.interpolate(torch.tensor(image).to(self.device).permute(2, 0, 1)[None] / 255, (299, 299),
+                                     mode="bilinear", align_corners=False) for image in images])
         # On a GPU, "float32" convolutions would be TF32, a thousandth off, unless that is forbidden.
         exact = torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False)
         with autocast(self.device, self.dtype), exact:
             return self.net((2 * x - 1).contiguous(memory_format=torch.channels_last))
-
-def stacks(images, pixels=2 ** 22):
-    """Neighbours of one size as arrays (B, H, W, 3), of about so many pixels at most."""
-    def kind(numbered):
-        i, image = numbered
-        return image.shape, i * image.shape[0] * image.shape[1] // pixels
-    for _, run in groupby(enumerate(images), key=kind):
-        yield np.stack([image for _, image in run])
 
 # ---- its weights ---------------------------------------------------------------------------------------------
 FILE = "pt_inception-2015-12-05-6726825d.pth"

@@ -315,15 +315,10 @@ IGNORED = re.compile(
 class StubClass(type):
     """Type of the stand-ins for classes that a file names: it may make instances, which are empty, but call nothing."""
 
-    def __new__(mcs, name):
-        return super().__new__(mcs, name, (), {"__new__": lambda cls, *args: object.__new__(cls),
-                                               "__setstate__": lambda self, state: None})
-
-    def __init__(cls, name):
-        super().__init__(name, (), {})
-
     def __call__(cls, *args, **kwargs):
         raise pickle.UnpicklingError(f"it calls {cls.__name__}")
+
+EMPTY = {"__new__": lambda cls, *args: object.__new__(cls), "__setstate__": lambda self, state: None}
 
 def read_file(path):
     """A file of torch.save, or .safetensors, as plain values, mapped from the disk. Nothing in it is imported or run.
@@ -334,7 +329,7 @@ def read_file(path):
         if path.suffix == ".safetensors":
             return safetensors().torch.load_file(path)
         unknown = get_unsafe_globals_in_checkpoint(path)
-        with safe_globals([(StubClass(name), name) for name in unknown]):
+        with safe_globals([(StubClass(name, (), EMPTY), name) for name in unknown]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as e:
         reason = str(e.__context__ or e).splitlines()[0][:120]
@@ -415,10 +410,6 @@ def ldm_configs(unet, autoencoder, latent_size):
                  timestep_spacing="leading", prediction_type="epsilon")
     return dict(unet=unet_config(unet, latent_size), vqvae=vq, scheduler=steps)
 
-def was_distilled(folder):
-    """Whether an LDM in diffusers' layout is to be sampled as `export` writes it of a distilled one."""
-    return config_of(folder, "scheduler").get("timestep_spacing") == DISTILLED_SPACING
-
 def config_name(part):
     """Where a folder in diffusers' layout has the config of a part."""
     return f"{part}/{'scheduler_' * (part == 'scheduler')}config.json"
@@ -435,10 +426,8 @@ def check_folder(folder, configs, what):
     """Compare what no shape of a tensor tells; a setting that the file leaves out is taken on trust.
 
     The scheduler may be any: samples are drawn by ours."""
-    for part, ours in configs.items():
-        if part == "scheduler":
-            continue
-        theirs = config_of(folder, part)
+    for part in ("unet", "vqvae"):
+        ours, theirs = configs[part], config_of(folder, part)
         for key in ("_class_name", "attention_head_dim", "norm_num_groups", "norm_eps", "downsample_padding",
                     "flip_sin_to_cos", "freq_shift"):
             if key in ours and theirs.get(key, ours[key]) != ours[key]:
@@ -492,7 +481,7 @@ def _load_foreign(path, content, device, ema, name, size):
         fill_from_file(bundle, content["state_dict"], ema, what)
     state = DIFFUSION | dict(config=asdict(c.unet), shape=[c.autoencoder.latent, side, side], classes=[], ldm=name,
                              autoencoder=bundle.autoencoder.state_dict(), history=[dict(how=f"LDM's {name}")])
-    if content is None and was_distilled(path):
+    if content is None and config_of(path, "scheduler").get("timestep_spacing") == DISTILLED_SPACING:
         state["schedule"] = "ldm-distilled"
     return bundle.unet.to(device, memory_format=memory_format(device)), state
 

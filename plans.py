@@ -85,10 +85,11 @@ def print_plan(args):
     print(" depth  updates   share  by rate  trajectories  at t <= 1/2")
     method = METHODS[args.schedule]
     walked = not (method.data or method.shortcut)             # these draw their t
-    for depth, updates, share, weighted in shares(args):
+    rows = shares(args)
+    for depth, updates, share, weighted in rows:
         walks, end = (f"{2 * updates / depth:.2f}", f"{late(depth, updates):,}") if walked else ("-", "-")
         print(f"{depth:6d} {updates:8,d} {share:7.1%} {weighted:8.1%} {walks:>13} {end:>12}")
     if walked:
-        end = sum(late(depth, updates) for depth, updates, *_ in shares(args))
+        end = sum(late(depth, updates) for depth, updates, *_ in rows)
         print(f"\n{end / args.updates:.0%} of the updates are made in the second half of a trajectory, at t <= 1/2")
     print("\nFor all methods, as a picture: python experiments/figure4.py")

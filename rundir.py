@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -17,12 +18,9 @@ from PIL import Image
 from checkpoint import claimed, load_checkpoint, whole_file
 from runtime import rank, ranks
 
+# What this project writes into the folder of a run, by its exact names: nothing else is ever deleted.
 RUN_FILES = re.compile(r"((ckpt|best)\.pt|log\.jsonl|curves\.png|samples-\d{6,}\.png)(\.\d+\.tmp)?"
                        r"|events\.out\.tfevents\.[\w.-]+")
-
-def files_of_run(out):
-    """What this project wrote into the folder of a run, by its exact names: nothing else is ever deleted."""
-    return [f for f in (out.iterdir() if out.is_dir() else ()) if RUN_FILES.fullmatch(f.name)]
 
 class Log:
     """OUT/log.jsonl, open for a `with` block, and TensorBoard's file of the same values and of the pictures if wanted.
@@ -32,10 +30,7 @@ class Log:
     def __init__(self, out, tensorboard=False):
         self.out, self.board = out, None
         if out and tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                sys.exit("error: --tensorboard needs the package tensorboard: pip install tensorboard")
+            from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(out)
 
     def __enter__(self):
@@ -71,34 +66,27 @@ def hooks_are_done(state, out):
     """Whether the pictures and scores that were due at a checkpoint's update were made: a killed run may lack them."""
     return any("hooks" in entry and entry["step"] == state["step"] for entry in read_log(out))
 
-def what_is_kept(trainer):
-    """The end of a message: what is left of a run that has to end."""
-    kept = trainer.out and trainer.ckpt.exists()
-    return f"{trainer.ckpt} holds the last good checkpoint" if kept else "there is no checkpoint yet"
-
 def check_out(args, more="--updates N asks for more"):
     """Look at flags and OUT before any work: the checkpoint to --resume from, or None. Exits if a run is in the way.
 
     more  what the user of a finished run can do"""
-    out = Path(args.out)
+    out, state = Path(args.out), None
     if args.batch % (ranks() * args.accumulate):
         sys.exit(f"error: --batch {args.batch} can't be shared equally by {ranks()} processes"
                  f" with --accumulate {args.accumulate}")
     if args.compile == "reduce-overhead" and (ranks() > 1 or args.accumulate > 1):
         sys.exit("error: --compile reduce-overhead is for a single process without --accumulate: its graphs keep "
                  "gradients in place; --compile default takes both")
-    if args.resume:
-        with claimed(out) if out.exists() and not rank() else contextlib.nullcontext():
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        sys.exit("error: --tensorboard needs the package tensorboard: pip install tensorboard")
+    with claimed(out) if out.exists() and not rank() else contextlib.nullcontext():
+        if args.resume:
             state = load_checkpoint(out / "ckpt.pt")
-        if state["step"] >= args.updates and hooks_are_done(state, out):
-            sys.exit(f"{out} is finished ({state['step']} updates); {more}")
-        return state
-    if rank() or not out.exists():                            # rank 0 looks: it may have begun to write by now
-        return None
-    with claimed(out):
-        if (out / "ckpt.pt").exists() and not args.overwrite:
+            if state["step"] >= args.updates and hooks_are_done(state, out):
+                sys.exit(f"{out} is finished ({state['step']} updates); {more}")
+        elif not rank() and not args.overwrite and (out / "ckpt.pt").exists():     # by now rank 0 may have begun
             sys.exit(f"error: {out} holds a run already: --resume goes on, --overwrite deletes it, --out takes another")
-    return None
+    return state
 
 def prepare_out(args, state):
     """Make OUT ready for the first update: an old run goes, after all checks, lest a typing error delete it.
@@ -108,8 +96,8 @@ def prepare_out(args, state):
         return
     out = Path(args.out)
     with claimed(out):
-        for f in files_of_run(out):
-            if not state or f.suffix == ".tmp":               # of a resumed run: what it was writing when it was killed
+        for f in out.iterdir():                               # of a resumed run: what it was writing when it was killed
+            if RUN_FILES.fullmatch(f.name) and (not state or f.suffix == ".tmp"):
                 f.unlink()
         if not state:
             return

@@ -43,16 +43,12 @@ def pick_device(name="auto"):
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
     if "RANK" in os.environ and not dist.is_initialized():
-        _end_with_launcher()                                  # tensors on the CPU travel by gloo, on GPUs by NCCL
+        if sys.platform == "linux":                           # torchrun, if killed, leaves its processes to themselves
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)        # PR_SET_PDEATHSIG, from prctl.h
+        # Tensors on the CPU travel by gloo, on GPUs by NCCL.
         dist.init_process_group("cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo",
                                 timeout=timedelta(minutes=30))
     return torch.device(name)
-
-def _end_with_launcher():
-    """Have Linux send this process SIGTERM when torchrun ends: if killed, it leaves its processes to themselves."""
-    if sys.platform == "linux":
-        set_death_signal = 1                                  # PR_SET_PDEATHSIG, from prctl.h
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
 
 def keep_freed_memory(keep=True):
     """Have glibc keep what PyTorch frees. It would give big blocks back to the system after each layer, and

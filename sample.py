@@ -142,17 +142,16 @@ class Samples:
         if not self.raw and max(self._pngs(), default=0) >= n and not overwrite:
             sys.exit(f"error: {path} holds {len(found)} samples, more than -n {n}; --overwrite them, or ask for more")
         for file in found if overwrite else []:
-            file.unlink()
+            if file == self.raw:
+                os.truncate(file, 0)                          # the lock is on this very file
+            else:
+                file.unlink()
         with whole_file(note) as tmp:                         # after the old files: it vouches for all that is there
             tmp.write_text(json.dumps(settings, indent=1))
 
     def _pngs(self):
-        numbers = {f: int(f.stem) for f in self.path.glob("*.png") if f.stem.isdigit()}
-        return {i: f for f, i in numbers.items() if f.name == self._name(i)}
-
-    @staticmethod
-    def _name(i):
-        return f"{i:05d}.png"
+        """{number: file} of the images that are there, under the names that this script gives."""
+        return {int(f.stem): f for f in self.path.glob("*.png") if re.fullmatch("[0-9]{5}|[1-9][0-9]{5,}", f.stem)}
 
     def missing(self):
         """The numbers of the images to draw, in order."""
@@ -180,7 +179,7 @@ class Samples:
             self.raw.unlink()
 
     def _write_png(self, i, image):
-        with whole_file(self.path / self._name(i)) as tmp:
+        with whole_file(self.path / f"{i:05d}.png") as tmp:
             Image.fromarray(image).save(tmp, "PNG")
 
 @contextlib.contextmanager
@@ -258,6 +257,11 @@ def pick_classes(wanted, guidance, state):
             sys.exit(f"error: no class {c!r}; this model has {', '.join(names) or f'0 … {count - 1}'}")
     return [numbers[c] for c in wanted] if wanted else list(range(count)) or None
 
+def model_name(path):
+    """What pictures and tables call a model: by the folder of its run, or of its files."""
+    path = Path(path)
+    return path.name if path.is_dir() else path.parent.name or path.stem
+
 def load_sampler(path, args, device, dtype):
     """(Sampler, state) of one checkpoint, with the classes, guidance and seed of the flags. Exits if it can't be."""
     net, state = load_model(path, device, not args.raw, args.ldm, args.size)
@@ -275,7 +279,7 @@ def main(argv=None):
     dtype = pick_dtype(args.dtype, device)
     samplers = {}
     for ckpt in args.ckpt:
-        name = Path(ckpt).parent.name or Path(ckpt).stem
+        name = model_name(ckpt)
         sampler, state = load_sampler(ckpt, args, device, dtype)
         samplers[name if name not in samplers else str(ckpt)] = sampler
     if len({tuple(s.image_shape) for s in samplers.values()}) > 1:

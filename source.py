@@ -78,6 +78,7 @@ def opened(args, state, device):
         if args.ldm and not origin["data"]:
             sys.exit(f"error: nobody knows what LDM's {args.ldm} was trained on: give the images as --data")
         images = load_data(origin["data"], image_size(source), origin["crop"], args.cache)
+        images.channels = image_channels(source)
     if method.shortcut and not net.config.step_length:
         net.add_step_length()
     check_source(args, net, source, images)
@@ -85,7 +86,6 @@ def opened(args, state, device):
     if args.ldm:
         model_info["schedule"] = "ldm-distilled"
     if reads_data(args):
-        images.channels = image_channels(source)
         model_info["data"] = data_of_run(images, state)
     return net, source, model_info, images
 

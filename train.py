@@ -31,7 +31,7 @@ from trainer import Trainer, batches, data_of_run
 # runs are the paper's (section 5.2); it is silent about batch, model, warm-up and EMA: those are ours. The toy's
 # settings were found by a search (docs/base.md).
 PAPER = dict(size=64, model="unet64", batch=128, warmup=1000, ema=0.9999,
-             log_every=50, sample_every=5000, save_every=1000, sample_steps=128, needs_data=True)
+             log_every=50, sample_every=5000, save_every=1000, sample_steps=128)
 PRESETS = {
     "toy": dict(size=16, model="toy", updates=2400, batch=32, lr=2e-3, lr_share=0.005, betas=[0.9, 0.99], warmup=50,
                 ema=0.995, times="middle", log_every=20, sample_every=600, save_every=600, sample_steps=32),
@@ -149,7 +149,7 @@ def parse_args(argv=None):
         p.error("--shortcut needs a share of the rows that jump, below a half: --distill 0.25")
     if args.guidance != 1 and not (args.shortcut and args.classes):
         p.error("--guidance is for --shortcut with --classes; other models are guided by sample.py")
-    if getattr(args, "needs_data", False) and args.data is None:
+    if args.preset != "toy" and args.data is None:
         p.error(f"--preset {args.preset} trains on real images: give their folder, zip or LMDB as --data")
     return args
 

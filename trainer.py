@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import claimed, save_checkpoint
 from ddim import SCHEDULES, Denoiser
-from rundir import Log, hooks_are_done, what_is_kept
+from rundir import Log, hooks_are_done
 from runtime import (
     all_gather,
     autocast,
@@ -203,9 +203,7 @@ class Trainer:
                     self._call_hooks(log)
                 since += time.perf_counter() - paused         # neither is training: keep them out of images/s
         if self.step < a.updates:
-            print(f"stopped at update {self.step} of {a.updates}; saved {self.ckpt}. Go on with: "
-                  f"{self._how_to_resume()}")
-            sys.exit(130)
+            self._stopped(f"update {self.step} of {a.updates}")
 
     def _tell_long(self, images_per_s):
         """Say once that a run will take days."""
@@ -231,17 +229,17 @@ class Trainer:
                     log.write({"step": self.step} | entry)
         except KeyboardInterrupt:
             self.save()
-            print(f"stopped at the pictures and scores of update {self.step}; saved {self.ckpt}. To make them: "
-                  f"{self._how_to_resume()}")
-            sys.exit(130)
+            self._stopped(f"the pictures and scores of update {self.step}")
         finally:
             self.interruptible = False
         if due or self.step == self.args.updates:
             log.write({"step": self.step, "hooks": len(due)})
 
-    def _how_to_resume(self):
-        again = "torchrun …" if ranks() > 1 else "python"
-        return f"{again} {Path(sys.argv[0]).name} --resume --out {self.out}"
+    def _stopped(self, where):
+        """End a run that was stopped and saved, and say how it goes on."""
+        again = f"{'torchrun …' if ranks() > 1 else 'python'} {Path(sys.argv[0]).name} --resume --out {self.out}"
+        print(f"stopped at {where}; saved {self.ckpt}. Go on with: {again}")
+        sys.exit(130)
 
     def _means(self, stopped, bar):
         """({name: mean of the updates since the last call}, whether any rank was stopped), over all ranks.
@@ -255,7 +253,9 @@ class Trainer:
         if len(bad):
             bar.close()
             first = self.step - len(values) + 1 + bad[0].item()
-            sys.exit(f"error: loss or gradient not finite at update {first}; {what_is_kept(self)}. "
+            kept = self.out and self.ckpt.exists()
+            left = f"{self.ckpt} holds the last good checkpoint" if kept else "there is no checkpoint yet"
+            sys.exit(f"error: loss or gradient not finite at update {first}; {left}. "
                      f"Try a lower --lr, or --dtype fp32.")
         self.pending = []
         return dict(zip(self.names, values.mean(0).tolist(), strict=True)), flag.item() > 0
@@ -318,7 +318,7 @@ def learning_rate(args, step):
     warm = min(1, (step + 1) / max(1, args.warmup))
     gone = max(0, step - args.warmup) / max(1, args.updates - 1 - args.warmup)
     end = final_rate(args)
-    return warm * (end + (args.lr - end) * (1 + math.cos(math.pi * min(1, gone))) / 2)
+    return warm * (end + (args.lr - end) * (1 + math.cos(math.pi * gone)) / 2)
 
 def final_rate(args):
     """Where the learning rate ends: --lr-end, or else the share `lr_share` of --lr, so that it follows another --lr."""

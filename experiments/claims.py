@@ -66,8 +66,9 @@ def page(table):
         return rates, seeds_of(table.figures, name) if run else "", f"{cost / 1000:.1f}" if run else ""
     lines = [f"`python experiments/claims.py`: {table.figures}. Quick score at N steps, mean of seeds of "
              f"distillation ± half their range, and contrast. Rates: chosen by the mean fidelity at 2, 4 and 8 steps "
-             f"of a run of seed {table.CHOICE}, tried in steps of three: a row may have too high a one, which gains it 2 steps and costs it 8. "
-             f"Evaluations: thousands of images through a network.", "", "![scores against updates](claims.png)", "",
+             f"of a run of seed {table.CHOICE}, tried in steps of three: a row may have too high a one, which gains it "
+             f"2 steps and costs it 8. Evaluations: thousands of images through a network.", "",
+             "![scores against updates](claims.png)", "",
              heading("run", "rate", "seeds", "evaluations", *STEPS)]
     lines += [row(name, [*about(name), *pairs([run["scores"] for run in runs])]) for name, runs in found.items()]
     def values(name, steps):

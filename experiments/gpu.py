@@ -96,7 +96,7 @@ def training(run):
         updates = args.found["runs/pace"]["rows"][0]["updates"]
         flags = train.PRESETS["celeba64"] | dict(
             updates=updates, warmup=min(1000, updates // 10), sample_every=0, save_every=max(1, updates // 4),
-            log_every=max(1, updates // 100), data=args.data, seed=args.seed, device=args.device, needs_data=None)
+            log_every=max(1, updates // 100), data=args.data, seed=args.seed, device=args.device)
         flags |= dict(size=8, batch=4) if args.tiny else {}
         flags |= {} if args.data else dict(crop=None)
         to_the_end(train.main, folder_of(run, args), [

@@ -114,7 +114,8 @@ def main(argv=None):
     rows.sort(key=lambda cells: (VERDICTS.index(cells[0]), -float(cells[5])))
     write(Path(args.docs, f"{name_of}.md"), "\n".join([
         f"What runs do to fidelity and contrast, from one model, seed 0, {NOISES} noises "
-        f"(`python experiments/guard.py{made}`).", f"rFID of {SAMPLES} samples in 2, 4, 8 steps; undistilled: {was}.", "",
+        f"(`python experiments/guard.py{made}`).",
+        f"rFID of {SAMPLES} samples in 2, 4, 8 steps; undistilled: {was}.", "",
         heading("by eye", "run", "fidelity 2", "4", "8", "lowest on the way", "highest contrast", "best update",
                 "rFID 2 4 8", "blurred 2 4 8", "SSIM 2 4 8"),
         *(row(name, cells) for name, *cells in rows)]))

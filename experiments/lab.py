@@ -200,9 +200,9 @@ def page(command, found):
     """A table in Markdown. found: {name: `distances` of each seed}."""
     noise, seeds = noise_of_distances(Mixture()), len(next(iter(found.values())))
     lines = [f"{command}: sliced Wasserstein-2 distance of 4,000 samples of N steps to 4,000 exact ones, mean of "
-             f"{seeds} seeds of training and of distillation ± half their range, in float32. Other exact samples have {min(noise):.3f} to "
-             f"{max(noise):.3f}: what is no farther can't be told from exact. All rows have the same noise and the "
-             f"same exact samples, so that less parts them.", "", heading("model", *STEPS)]
+             f"{seeds} seeds of training and of distillation ± half their range, in float32. Other exact samples have "
+             f"{min(noise):.3f} to {max(noise):.3f}: what is no farther can't be told from exact. All rows have the "
+             f"same noise and the same exact samples, so that less parts them.", "", heading("model", *STEPS)]
     return "\n".join([*lines, *(row(name, map(cell, zip(*runs, strict=True))) for name, runs in found.items())])
 
 if __name__ == "__main__":

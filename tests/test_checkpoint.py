@@ -71,3 +71,7 @@ def test_weights_that_do_not_fit_name_the_tensor(tmp_path):
     save_checkpoint(tmp_path / "c.pt", state)
     with pytest.raises(CheckpointError, match="depth"):
         load_model(tmp_path / "c.pt")
+    state["config"] = asdict(CONFIG) | {"groups": 3}
+    save_checkpoint(tmp_path / "c.pt", state)
+    with pytest.raises(CheckpointError, match="do not fit its own config.*\\b3\\b"):
+        load_model(tmp_path / "c.pt")

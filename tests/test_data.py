@@ -1,5 +1,6 @@
 """The built-in pictures, data sources, broken files, the packed cache, batches, grids."""
 
+import errno
 import io
 import json
 import os
@@ -314,6 +315,12 @@ def test_an_unwritable_cache_is_a_one_line_error(tmp_path):
     with pytest.raises(DataError, match="--cache names another folder"):
         load_data(folder, 8, cache=folder / "cache")
 
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, cache, monkeypatch):
+    def flock(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert len(load_data(write(tmp_path / "x", {"1.png": png(photo(1)), "2.png": png(photo(2))}), 8, cache=cache)) == 2
+
 def test_of_two_runs_that_pack_at_once_one_does(tmp_path, cache, decoded):
     """In threads, which locks of files keep apart as they do processes."""
     folder = write(tmp_path / "x", {f"{i:03}.png": png(photo(i)) for i in range(200)})
@@ -397,6 +404,13 @@ def test_a_grid_shows_each_image_in_its_place_beside_its_label(tmp_path):
     save_grid(x, tmp_path / "grid.png", columns=3, labels=["2 steps", "64 steps"])
     wide = np.asarray(Image.open(tmp_path / "grid.png"))
     assert np.array_equal(wide[:, wide.shape[1] - 26 * 8:], grid) and wide[:, :wide.shape[1] - 26 * 8].min() < 100
+
+def test_running_out_of_memory_is_not_called_a_full_disk(tmp_path, monkeypatch):
+    def grid(*args):
+        raise RuntimeError("CUDA out of memory")
+    monkeypatch.setattr(data, "grid", grid)
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        data.save_grid(torch.zeros(1, 3, 8, 8), tmp_path / "x.png", 1)
 
 # ---- EDM's data sets ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("packed", [False, True])

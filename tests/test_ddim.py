@@ -1,6 +1,7 @@
 """The mathematics: schedules, DDIM and its inverse, the loss, each against float64 and closed forms."""
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -81,6 +82,8 @@ def test_cosine_at_its_ends_is_exactly_data_and_exactly_noise():
     a, s = Cosine()(1.0)
     assert 0 <= a.item() < 1e-15 and s.item() == 1
     assert Cosine().log_snr(0.0) == 20 and Cosine().log_snr(1.0) == -20 and abs(Cosine().log_snr(0.5)) < 1e-12
+    with mock.patch("ddim.WITHOUT_FLOAT64", {"cpu"}):             # there α_1 = cos(π/2) is rounded to below 0
+        assert Cosine().log_snr(torch.ones(2)).flatten().tolist() == [-20, -20]
     z = torch.randn(4, 3, 2, 2)
     for t, t1 in ((1.0, 0.5), (0.5, 0.0), (1.0, 0.0), (0.0, 0.0)):
         assert ddim_step(Cosine(), z, torch.tanh(z), t, t1).isfinite().all()

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 import distill
 import hooks
 import sample
+import train
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from ddim import Cosine, Denoiser, LDMDiscrete
 from fid import fidelity_scorer
@@ -494,3 +495,21 @@ def test_scores_on_the_way(ckpt, tmp_path):
                   "random", "--data", labelled_images(tmp_path / "data"), "--cache", str(tmp_path / "cache")])
     scores = [e for e in log_of(tmp_path / "out") if "rFID (random features)" in e]
     assert [e["fake"]["steps"] for e in scores] == [1, 2, 4, 8] and all(e["step"] == 3 for e in scores)
+
+def test_a_run_in_the_way_goes_after_all_checks_of_its_source(ckpt, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "log.jsonl").write_text("of an older run")
+    state = load_checkpoint(ckpt)
+    state["ema"] = {k: v * math.nan for k, v in state["ema"].items()}
+    save_checkpoint(tmp_path / "nan.pt", state)
+    with pytest.raises(SystemExit, match="not finite"):
+        distill.main([*flags(tmp_path / "nan.pt", tmp_path / "out"), "--overwrite"])
+    assert (tmp_path / "out" / "log.jsonl").read_text() == "of an older run"
+
+def test_a_model_of_one_channel_is_scored_against_lightness(small_run, tmp_path, monkeypatch):
+    train.main([*small_run, "--updates", "1", "--channels-in", "1"])
+    seen = []
+    monkeypatch.setattr("distill.scorer", lambda args, images, *more: seen.append(images.channels) or (lambda _: []))
+    distill.main([*flags(tmp_path / "out" / "ckpt.pt", tmp_path / "dsdi", updates=3), "--fid-every", "3", "--cache",
+                  str(tmp_path / "cache")])
+    assert seen == [1]

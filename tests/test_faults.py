@@ -97,6 +97,20 @@ def test_two_savers_never_share_a_target(ckpt, tmp_path, name):
     sample.main([*flags, "-n", "40", "--save", str(tmp_path / "ok.npz")])      # nothing to do, and nothing left behind
     assert sorted(f.name for f in tmp_path.glob("ok.npz*")) == ["ok.npz", "ok.npz.json"]
 
+def test_the_lock_stays_on_the_file_that_an_overwriting_saver_writes(ckpt, tmp_path, monkeypatch):
+    flags = ["--ckpt", str(ckpt), "--steps", "1", "-n", "8", *CPU, "--save", str(tmp_path / "x.npz")]
+    (tmp_path / "x.npz.raw").write_bytes(b"of a killed run")
+    (tmp_path / "x.npz.json").write_text('{"ckpt": "another"}')
+    def write(self, indices, pixels):
+        with exits("another process is writing"), claimed(self.raw, folder=False):
+            pass
+        assert not self.raw.stat().st_size
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sample.Samples, "write", write)
+    with pytest.raises(SystemExit) as e:
+        sample.main([*flags, "--overwrite"])
+    assert e.value.code == 130
+
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="asks Linux who is still there")
 def test_ranks_end_when_their_launcher_is_killed(small_run, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -377,10 +391,12 @@ def test_ctrl_c_anywhere_is_one_line(ckpt, tmp_path):
     labelled_images(tmp_path / "many", 400, size=(64, 64))
     for script, flags in (("sample.py", ["--ckpt", ckpt, "--steps", "100000", "--out", tmp_path / "g.png", *CPU]),
                           ("fid.py", [tmp_path / "many", tmp_path / "many", "--weights", "random", *CPU])):
-        child = start(script, *flags)
-        time.sleep(8)
+        child, output = start(script, *flags), ""
+        while "%|" not in output:                             # a progress bar
+            assert (more := child.stdout.read(1)), output
+            output += more
         child.send_signal(signal.SIGINT)
-        output = child.communicate(timeout=60)[0]
+        output += child.communicate(timeout=60)[0]
         assert child.returncode == 130 and "stopped; all files are whole" in output, output
         assert "Traceback" not in output
 

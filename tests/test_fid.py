@@ -486,10 +486,11 @@ def test_real_images_are_prepared_as_training_does(tmp_path, tiny, monkeypatch, 
     fake = folder_of(tmp_path / "fake", pictures(6))
     with pytest.raises(SystemExit, match="REAL has 16x20, FAKE 8x8.* --size N"):
         fid.main([str(real), str(fake)])
-    fid.main([str(real), str(fake), "--size", "8", "--crop", "12"])
+    fid.main([str(real), str(fake), "--size", "8", "--crop", "12", "--cache", str(tmp_path / "there")])
+    assert list((tmp_path / "there").iterdir()) and not (tmp_path / "cache").exists()
     assert "crop 12.0, PIL bicubic to 8x8" in capsys.readouterr().out
     no_network = inception.Features(None, "tiny", CPU)                # the statistics come from their file
-    assert fid.packed_statistics(fid.load_data(real, 8, 12.0), no_network).provenance["images"] == 6
+    assert fid.packed_statistics(fid.load_data(real, 8, 12.0, tmp_path / "there"), no_network).provenance["images"] == 6
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
@@ -560,6 +561,8 @@ def test_several_models_make_a_table(tmp_path, tiny, model):
     assert "| run | 10 |" in text and "| other | 10 |" in text
     results = json.loads((tmp_path / "scores" / "table.json").read_text())
     assert results["other"][0]["fake"]["classes"] == "uniform"
+    del results["run"][0]["scores"]["fidelity"]                  # as of a model whose reference had other guidance
+    assert "**fidelity** at N steps" in fid.table(results) and "| run | 10 | – |" in fid.table(results)
 
 def test_scores_are_logged_during_training(tmp_path, tiny, monkeypatch):
     import train
@@ -586,6 +589,8 @@ def test_scores_are_logged_during_training(tmp_path, tiny, monkeypatch):
     (["a", "b", "--crop", "3"], "--crop goes with --size"),
     (["a", "--save", "a"], "ending in .npz"),
     (["a.npz", "--save", "a.npz"], "needs a new file"),
+    (["--ckpt", "c", "--save", "x.npz"], "and image files"),
+    (["--ckpt", "c", "--ldm", "celebahq256", "--size", "64", "--crop", "3"], "--crop goes with --size"),
     (["--ckpt", "c", "-n", "1"], "argument -n: 1 is not a number from 2 on"),
     (["--ckpt", "c", "--steps", "2", "0"], "argument --steps: 0 is not"),
 ])

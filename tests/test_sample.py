@@ -113,6 +113,11 @@ def test_models_of_different_sizes_need_a_grid_each(ckpt, tmp_path):
     with pytest.raises(SystemExit, match="different sizes"):
         script.main([*ckpt, "--steps", "1", "--ckpt", ckpt[1], str(tmp_path / "big.pt")])
 
+def test_models_are_called_by_their_folders(tmp_path):
+    (tmp_path / "celebahq" / "unet").mkdir(parents=True)
+    assert script.model_name(tmp_path / "celebahq") == "celebahq"                     # in diffusers' layout
+    assert script.model_name(tmp_path / "dsdi" / "ckpt.pt") == "dsdi" and script.model_name("ckpt.pt") == "ckpt"
+
 def test_the_grid_lies_beside_the_checkpoint_by_default(ckpt, tmp_path):
     script.main([*ckpt, "--steps", "1"])
     assert (tmp_path / "grid.png").exists()
@@ -265,6 +270,8 @@ def test_an_unwritable_target_is_a_one_line_error(ckpt, tmp_path):
 def test_overwriting_spares_files_that_are_no_samples(ckpt, tmp_path):
     args = [*ckpt, "-n", "2", "--save", str(tmp_path / "png"), "--steps"]
     script.main([*args, "2"])
-    Image.new("RGB", (8, 8)).save(tmp_path / "png" / "2026-holiday.png")
+    others = {"2026-holiday.png", "²0000.png", "1.png", "000001.png"}
+    for name in others:
+        Image.new("RGB", (8, 8)).save(tmp_path / "png" / name)
     script.main([*args, "4", "--overwrite"])
-    assert set(pictures(tmp_path / "png")) == {"00000.png", "00001.png", "2026-holiday.png"}
+    assert set(pictures(tmp_path / "png")) == {"00000.png", "00001.png"} | others

@@ -109,7 +109,7 @@ def test_presets_are_the_papers_and_flags_beat_them():
         assert (args.updates, args.lr, args.size, args.distill) == (updates, lr, 64, 0.15)
     assert train.parse_args(["--preset", "celeba64", "--data", "x", "--lr", "3"]).lr == 3
     known = vars(train.parse_args([])).keys()
-    assert all(preset.keys() - {"needs_data"} <= known for preset in train.PRESETS.values())
+    assert all(preset.keys() <= known for preset in train.PRESETS.values())
 
 def test_each_update_reads_the_batch_of_its_number(small_run, monkeypatch):
     """Off by one here, and a resumed run would train on other images than one never stopped."""

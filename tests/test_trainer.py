@@ -229,7 +229,7 @@ def test_a_folder_with_a_run_is_only_touched_on_demand(small_run, tmp_path):
     train.main([*small_run, "--updates", "3", "--overwrite"])
     assert [e["step"] for e in log_of(tmp_path / "out")] == [1, 2, 3]
 
-def test_tensorboard_has_the_values_and_pictures_of_the_log(small_run, tmp_path):
+def test_tensorboard_has_the_values_and_pictures_of_the_log(small_run, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     train.main([*small_run, "--updates", "4", "--sample-every", "2", "--tensorboard"])
     board = EventAccumulator(str(tmp_path / "out")).Reload()
@@ -237,6 +237,10 @@ def test_tensorboard_has_the_values_and_pictures_of_the_log(small_run, tmp_path)
     for name in ("loss", "grad_norm", "lr"):
         assert [e.value for e in board.Scalars(name)] == pytest.approx([e[name] for e in logged])
     assert [e.step for e in board.Images("samples")] == [2, 4]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="needs the package tensorboard"):      # before it deletes anything
+        train.main([*small_run, "--updates", "1", "--overwrite", "--tensorboard"])
+    assert len(log_of(tmp_path / "out")) == len(logged)
     train.main([*small_run, "--updates", "1", "--overwrite"])
     assert not list((tmp_path / "out").glob("events*"))
 
