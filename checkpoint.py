@@ -36,9 +36,11 @@ def whole_file(path):
         cause = e
         while cause and not isinstance(cause, (OSError, KeyboardInterrupt)):
             cause = cause.__context__
+        if not cause:                                         # of what was computed meanwhile
+            raise
         if isinstance(cause, KeyboardInterrupt):              # Ctrl-C while it was writing
             raise cause from None
-        why = cause and cause.strerror or str(e).splitlines()[0]
+        why = cause.strerror or str(e).splitlines()[0]
         raise SystemExit(f"error: can't write {path} ({why}); what was there before is untouched") from None
     finally:
         with contextlib.suppress(OSError):
@@ -103,11 +105,15 @@ def load_model(path, device="cpu", ema=True):
     state = load_checkpoint(path)
     try:
         with torch.device("meta"):                            # no random weights: those of the file follow
-            net = UNet(UNetConfig(**state["config"])).to_empty(device="cpu")
+            net = UNet(UNetConfig(**state["config"]))
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f"error: {path}: there is no model of its config ({e})") from None
+    net.to_empty(device="cpu")
+    try:
         net.load_state_dict(state["ema" if ema else "weights"])
-    except (TypeError, ValueError, RuntimeError) as e:
-        why = str(e).splitlines()[-1].strip()
-        raise CheckpointError(f"error: {path}: its weights do not fit its own config ({why})") from None
+    except RuntimeError as e:
+        first = str(e).splitlines()[1].strip()
+        raise CheckpointError(f"error: {path}: its weights do not fit its own config ({first})") from None
     return net.to(device, memory_format=memory_format(device)).eval().requires_grad_(False), state
 
 def trained_on(state):

@@ -216,8 +216,7 @@ def default_cache():
         base = os.environ.get("DSD_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dsd")
         return Path(base).expanduser()
     except RuntimeError:                                      # no HOME, and a user that the system does not know
-        raise DataError("error: there is no home folder to keep packed images in: "
-                        "set DSD_CACHE, or give --cache DIR") from None
+        raise DataError("error: there is no home folder to keep packed images and weights in: set DSD_CACHE") from None
 
 def load_data(path=None, size=32, crop=None, cache=None):
     """Open a data set, packing it first if there is no valid cache. Returns an `Images`; raises DataError.
@@ -289,10 +288,11 @@ def wait_for_first_rank(path, good=Path.exists):
     return there
 
 @contextlib.contextmanager
-def locked(folder, work):
-    """Hold the lock of a folder in the cache: what two runs would write at once, one writes and the other waits for.
+def locked(folder, work, flag="--cache"):
+    """Hold the lock of a folder: what two runs would write at once, one writes and the other waits for.
 
-    work  what is done there, in words: Ctrl-C and a full disk become a DataError that tells it"""
+    work  what is done there, in words: Ctrl-C and a full disk become a DataError that tells it
+    flag  which names the folder"""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
@@ -301,23 +301,26 @@ def locked(folder, work):
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
     except OSError as e:
-        raise DataError(f"error: can't write {folder} ({e.strerror or e}); --cache names another folder") from None
+        raise DataError(f"error: can't write {folder} ({e.strerror or e}); {flag} names another folder") from None
     except KeyboardInterrupt:
         raise DataError(f"stopped {work}; the same command goes on from there") from None
 
-def check_space(folder, need, what, flag="--cache"):
-    """Raise DataError if a folder, which a flag names, has less than `need` bytes left."""
+def check_space(folder, need, what):
+    """Raise DataError if a folder of the cache has less than `need` bytes left."""
     free = shutil.disk_usage(folder).free
     if need > free:
         raise DataError(f"error: {what} needs {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f}; "
-                        f"{flag} names another folder")
+                        f"--cache names another folder")
 
-def mapped(path, dtype, shape):
+def mapped(path, dtype, shape, unit=None):
     """A file as an array, read from the disk as it is used. Raises DataError if it has not the right length, since to
-    read beyond the end of a mapped file ends Python without a word."""
+    read beyond the end of a mapped file ends Python without a word.
+
+    unit  what has to be deleted to have it made again, if not the file alone"""
     want, found = int(np.prod(shape)) * np.dtype(dtype).itemsize, path.stat().st_size
     if found != want:
-        raise DataError(f"error: {path} is damaged ({found:,} bytes, not {want:,}); delete it to have it made again")
+        raise DataError(f"error: {path} is damaged ({found:,} bytes, not {want:,}); delete {unit or path} to have it "
+                        f"made again")
     return np.memmap(path, dtype, "r", shape=shape)
 
 # ---- the packed images ----------------------------------------------------------------------------------
@@ -333,7 +336,7 @@ class Images:
     def __init__(self, folder):
         meta = json.loads((folder / "meta.json").read_text())
         shape = (meta["count"], meta["size"], meta["size"], 3)
-        self.pixels = mapped(folder / "images.u8", np.uint8, shape)
+        self.pixels = mapped(folder / "images.u8", np.uint8, shape, unit=folder)
         self.labels = np.load(folder / "labels.npy")
         if self.labels.shape != shape[:1]:
             raise DataError(f"error: {folder}/labels.npy is damaged; delete the folder to have it packed again")

@@ -323,7 +323,7 @@ def parse_args(argv=None):
     if len(args.sides) not in ([0] if args.ckpt else [1, 2] if args.save else [2]):
         p.error("give REAL and FAKE, or one of them with --save, or --ckpt with --data")
     if args.crop and (args.ckpt or not args.size):
-        p.error("--crop goes with --size: it is part of bringing REAL to a model's size")
+        p.error("--crop goes with REAL and --size: it is part of bringing REAL to a model's size")
     return args
 
 def compare_files(args, sides, features):

@@ -64,7 +64,7 @@ def run_flags(g):
     """What most runs leave as it is."""
     g.add_argument("--log-every", type=at_least(1), metavar="N", help="updates between two lines of the log")
     g.add_argument("--sample-every", type=at_least(0), metavar="N",
-                   help="updates between two pictures; 0: none on the way")
+                   help="updates between two pictures; 0: none, or in distill.py only the last")
     g.add_argument("--save-every", type=at_least(1), metavar="N", help="updates between two checkpoints")
     g.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
                    help="write OUT's log and pictures for TensorBoard too, which is a package of its own")

@@ -5,7 +5,6 @@
 """
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -77,16 +76,24 @@ def check_out(args, more="--updates N asks for more"):
     if args.compile == "reduce-overhead" and (ranks() > 1 or args.accumulate > 1):
         sys.exit("error: --compile reduce-overhead is for a single process without --accumulate: its graphs keep "
                  "gradients in place; --compile default takes both")
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        sys.exit("error: --tensorboard needs the package tensorboard: pip install tensorboard")
-    with claimed(out) if out.exists() and not rank() else contextlib.nullcontext():
+    if args.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError:
+            sys.exit("error: --tensorboard needs the package tensorboard: pip install tensorboard")
+    with contextlib.nullcontext() if rank() else claimed(out):
         if args.resume:
             state = load_checkpoint(out / "ckpt.pt")
             if state["step"] >= args.updates and hooks_are_done(state, out):
                 sys.exit(f"{out} is finished ({state['step']} updates); {more}")
-        elif not rank() and not args.overwrite and (out / "ckpt.pt").exists():     # by now rank 0 may have begun
-            sys.exit(f"error: {out} holds a run already: --resume goes on, --overwrite deletes it, --out takes another")
+        elif not rank():                                      # by now it may have begun to write
+            refuse_another_run(args, out)
     return state
+
+def refuse_another_run(args, out):
+    """Exit if a run is in the way of a new one."""
+    if not args.overwrite and (out / "ckpt.pt").exists():
+        sys.exit(f"error: {out} holds a run already: --resume goes on, --overwrite deletes it, --out takes another")
 
 def prepare_out(args, state):
     """Make OUT ready for the first update: an old run goes, after all checks, lest a typing error delete it.
@@ -96,6 +103,8 @@ def prepare_out(args, state):
         return
     out = Path(args.out)
     with claimed(out):
+        if not state:                                         # one that came while data were packed, say
+            refuse_another_run(args, out)
         for f in out.iterdir():                               # of a resumed run: what it was writing when it was killed
             if RUN_FILES.fullmatch(f.name) and (not state or f.suffix == ".tmp"):
                 f.unlink()

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Images, check_space, mapped
+from data import Images, mapped
 from ddim import ddim_target, to_x
 from runtime import broadcast, local_rows, log_stderr, map_over_ranks, progress, rank
 
@@ -126,8 +126,8 @@ class OwnSamples(Images):
     """Samples of the undistilled model as a data set: `batch` gives what it draws (B, C, H, W), and labels.
 
     Drawn once, by all ranks, into a memory-mapped file in half precision, OUT/pool-….f16. Its name holds a hash of
-    `settings`, all that decides what is drawn. Drawing goes on where it was interrupted. Raises DataError where
-    the disk is too full."""
+    `settings`, all that decides what is drawn. Drawing goes on where it was interrupted. Raises OSError on a
+    full disk."""
 
     FIRST = 1_000_000_000                                     # from noise that no picture and no score starts from
 
@@ -154,7 +154,6 @@ class OwnSamples(Images):
     def _draw(self, path, shape, sampler, steps, batch):
         part, one = path.with_suffix(".part"), 2 * int(np.prod(shape[1:]))     # bytes of a sample
         done = broadcast(part.stat().st_size // one if part.exists() else 0)
-        check_space(path.parent, (shape[0] - done) * one, "drawing own samples", "--out")
         log_stderr(f"drawing {shape[0]:,} samples of its own: {shape[0] * steps:,} evaluations, "
                    f"{shape[0] * one / 1e6:,.0f} MB; kept as {path}")
         jobs = [range(k, min(k + batch, shape[0])) for k in range(done, shape[0], batch)]

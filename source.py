@@ -5,15 +5,16 @@
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
-from checkpoint import trained_on
+from checkpoint import claimed, trained_on
 from data import load_data
 from ddim import Denoiser
 from hooks import draw_shown, shown_guidance
 from ldm import image_channels, image_size, load_model, model_hash
 from plans import METHODS
-from runtime import broadcast
+from runtime import broadcast, rank
 from sample import Sampler
 from shortcut import OwnSamples
 from trainer import data_of_run, final_rate
@@ -51,7 +52,7 @@ def check_source(args, net, source, images):
         if source["classes"]:
             images.number_as(source["classes"])
         elif len(images.classes) != net.config.classes:       # LDM's have numbers only, in the order of their names
-            sys.exit(f"error: the model has {net.config.classes} classes, but {args.data} has "
+            sys.exit(f"error: the model has {net.config.classes} classes, but the data has "
                      f"{len(images.classes)} (sub-folders name the classes)")
 
 def own_samples(trainer):
@@ -61,7 +62,8 @@ def own_samples(trainer):
                       seed=a.seed)
     sampler.xhat.lengths = False                              # the ordinary denoiser
     what = [trainer.model_info["history"][-1]["hash"], a.seed, a.dtype]
-    return OwnSamples(a.out, sampler, a.pool, a.steps, a.batch, what)
+    with nullcontext() if rank() else claimed(a.out):
+        return OwnSamples(a.out, sampler, a.pool, a.steps, a.batch, what)
 
 def opened(args, state, device):
     """(net, source, model_info, images) of a run. Packs the images if need be; exits if model and flags do not fit.

@@ -135,7 +135,7 @@ class Figures:
         self.read()
         if name not in self.values:
             value = make()
-            with locked(self.runs, f"writing {self.path}"):
+            with locked(self.runs, f"writing {self.path}", "--runs"):
                 self.read()
                 self.values[name] = value
                 lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(self.values.items()))

@@ -39,7 +39,7 @@ METHODS = {                                                   # flags, and the r
     # Of about as many evaluations as shortcut, 10^5.
     "pd-long": (["--schedule", "pd", *P, "--updates", "1024"], 3e-5),
     "tsd-long": (["--schedule", "tsd", *P, "--updates", "1024"], 1e-5),
-    "dsdgl-average-long": ([*STEADIED, "--updates", "1536"], 3e-5),
+    "dsdgl-average-long": ([*STEADIED, "--updates", "1536"], 3e-6),
 }
 PAPERS = "dsdn", "dsdi", "dsdgl", "dsdgexp"                   # which the paper compares with TSD at one rate
 OWN, SAME = "own rate", "TSD's rate"

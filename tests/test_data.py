@@ -307,7 +307,7 @@ def test_a_damaged_cache_is_named_not_used(tmp_path, cache):
     folder = write(tmp_path / "x", {f"{i}.png": png(photo(i)) for i in range(3)})
     images = load_data(folder, 8, cache=cache)
     os.truncate(images.folder / "images.u8", 100)
-    with pytest.raises(DataError, match="damaged"):
+    with pytest.raises(DataError, match=f"damaged.*; delete {images.folder} to have it made again"):
         load_data(folder, 8, cache=cache)
 
 def test_an_unwritable_cache_is_a_one_line_error(tmp_path):
@@ -411,6 +411,8 @@ def test_running_out_of_memory_is_not_called_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "grid", grid)
     with pytest.raises(RuntimeError, match="CUDA out of memory"):
         data.save_grid(torch.zeros(1, 3, 8, 8), tmp_path / "x.png", 1)
+    with pytest.raises(RuntimeError, match="CUDA out of memory"), data.whole_file(tmp_path / "x.png"):
+        grid()
 
 # ---- EDM's data sets ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("packed", [False, True])

@@ -81,6 +81,31 @@ def test_two_runs_never_share_a_folder(small_run, ckpt, tmp_path):
             fid.main(["--ckpt", str(ckpt), *QUICK, "--out", str(tmp_path / "out")])
     assert ckpt.read_bytes() == before
 
+def test_a_run_that_came_while_another_packed_its_data_stays(small_run, tmp_path, monkeypatch):
+    other = tmp_path / "out" / "ckpt.pt"
+    def packing(*args):
+        other.write_bytes(b"of a run that was quicker")
+        return load_data(*args)
+    monkeypatch.setattr(train, "load_data", packing)
+    with exits("holds a run already"):
+        train.main([*small_run, "--updates", "1"])
+    assert other.read_bytes() == b"of a run that was quicker"
+
+def test_own_samples_are_drawn_under_the_lock_of_the_run(ckpt, tmp_path, monkeypatch):
+    def drawing(out, *args):
+        with exits("another process is writing"), claimed(out):
+            pass
+        raise KeyboardInterrupt
+    monkeypatch.setattr("source.OwnSamples", drawing)
+    with pytest.raises(KeyboardInterrupt):
+        distill.main(["--ckpt", str(ckpt), "--schedule", "shortcut", "--out", str(tmp_path / "s"), *CPU])
+
+def test_a_folder_that_cant_be_made_is_told_before_any_work(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "load_data", None)             # to call it would be a TypeError
+    (tmp_path / "file").touch()
+    with exits("can't write into"):
+        train.main([*small_run, "--updates", "1", "--out", str(tmp_path / "file" / "out")])
+
 @pytest.mark.parametrize("name", ["x.npz", "folder"])
 def test_two_savers_never_share_a_target(ckpt, tmp_path, name):
     flags = ["--ckpt", str(ckpt), "--steps", "1", "--batch", "8", *CPU]
@@ -462,7 +487,7 @@ def test_without_a_home(tmp_path, monkeypatch):
     for name in ("DSD_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(data.Path, "home", nobody)
-    with pytest.raises(DataError, match="there is no home folder .* set DSD_CACHE, or give --cache"):
+    with pytest.raises(DataError, match="there is no home folder .* set DSD_CACHE"):
         load_data(None, 8)
     assert len(load_data(labelled_images(tmp_path / "d"), 8, None, tmp_path / "c")) == 10
 

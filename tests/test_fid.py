@@ -586,11 +586,11 @@ def test_scores_are_logged_during_training(tmp_path, tiny, monkeypatch):
     ([], "give REAL and FAKE"),
     (["a"], "give REAL and FAKE"),
     (["a", "b", "--ckpt", "c"], "give REAL and FAKE, or one of them with --save, or --ckpt"),
-    (["a", "b", "--crop", "3"], "--crop goes with --size"),
+    (["a", "b", "--crop", "3"], "--crop goes with REAL and --size"),
     (["a", "--save", "a"], "ending in .npz"),
     (["a.npz", "--save", "a.npz"], "needs a new file"),
     (["--ckpt", "c", "--save", "x.npz"], "and image files"),
-    (["--ckpt", "c", "--ldm", "celebahq256", "--size", "64", "--crop", "3"], "--crop goes with --size"),
+    (["--ckpt", "c", "--ldm", "celebahq256", "--size", "64", "--crop", "3"], "--crop goes with REAL and --size"),
     (["--ckpt", "c", "-n", "1"], "argument -n: 1 is not a number from 2 on"),
     (["--ckpt", "c", "--steps", "2", "0"], "argument --steps: 0 is not"),
 ])
