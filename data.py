@@ -319,7 +319,7 @@ def mapped(path, dtype, shape, unit=None):
     unit  what has to be deleted to have it made again, if not the file alone"""
     want, found = int(np.prod(shape)) * np.dtype(dtype).itemsize, path.stat().st_size
     if found != want:
-        raise DataError(f"error: {path} is damaged ({found:,} bytes, not {want:,}); delete {unit or path} to have it "
+        raise DataError(f"error: {path} is damaged ({found:,} bytes, not {want:,}); delete {unit or 'it'} to have it "
                         f"made again")
     return np.memmap(path, dtype, "r", shape=shape)
 

@@ -81,7 +81,10 @@ def check_out(args, more="--updates N asks for more"):
             import torch.utils.tensorboard  # noqa: F401
         except ImportError:
             sys.exit("error: --tensorboard needs the package tensorboard: pip install tensorboard")
-    with contextlib.nullcontext() if rank() else claimed(out):
+    place = next(p for p in out.absolute().parents if p.exists())      # OUT itself is made after all checks
+    if not out.exists() and not (place.is_dir() and os.access(place, os.W_OK)):
+        sys.exit(f"error: can't write into {place}; choose another --out")
+    with claimed(out) if out.exists() and not rank() else contextlib.nullcontext():
         if args.resume:
             state = load_checkpoint(out / "ckpt.pt")
             if state["step"] >= args.updates and hooks_are_done(state, out):

@@ -84,6 +84,7 @@ def test_two_runs_never_share_a_folder(small_run, ckpt, tmp_path):
 def test_a_run_that_came_while_another_packed_its_data_stays(small_run, tmp_path, monkeypatch):
     other = tmp_path / "out" / "ckpt.pt"
     def packing(*args):
+        other.parent.mkdir()
         other.write_bytes(b"of a run that was quicker")
         return load_data(*args)
     monkeypatch.setattr(train, "load_data", packing)
