@@ -446,6 +446,5 @@ def grid(x, columns, labels=(), heads=()):
 
 def save_grid(x, path, columns, labels=(), heads=()):
     """Write a `grid` as a PNG."""
-    picture = grid(x, columns, labels, heads)
     with whole_file(path) as tmp:                             # a viewer that reloads never sees half a picture
-        picture.save(tmp, "PNG")
+        grid(x, columns, labels, heads).save(tmp, "PNG")
