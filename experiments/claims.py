@@ -8,7 +8,7 @@ claims.json has is not made again, so that several sittings and machines may eac
 """
 
 import matplotlib.pyplot as plt
-from common import Experiment, claims_table, evaluations, heading, pairs, plain_numbers, row, seeds_of
+from common import UNDISTILLED, Experiment, claims_table, evaluations, heading, pairs, plain_numbers, row, seeds_of
 from matplotlib.ticker import NullLocator
 from table2 import BASE, SIZES
 
@@ -47,7 +47,7 @@ def make(table):
     runs, scoring = {name: [name] for name in METHODS} | ORDERS, table.args.n * sum(STEPS)
     finals = {f"{name}, seed {seed}": (name, seed) for seed in table.args.seeds for name in runs}
     table.tell_time(table.jobs({figure: (runs[name], scoring, 0) for figure, (name, _) in finals.items()}))
-    table.made("undistilled, seed 0", lambda: dict(scores=table.quick_scores(table.base, STEPS)))
+    table.made(UNDISTILLED, lambda: dict(scores=table.quick_scores(table.base, STEPS)))
     rates = table.rates()
     for figure, (name, seed) in finals.items():
         stages = [(method, rates[method]) for method in runs[name]]

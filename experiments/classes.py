@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from common import Experiment, claims_table, drawn, heading, pairs, rates_of, row, seeds_of
+from common import UNDISTILLED, Experiment, claims_table, drawn, heading, pairs, rates_of, row, seeds_of
 from torch import nn
 
 from data import load_data, to_tensor
@@ -89,9 +89,9 @@ def make(table):
     """All figures that are missing, and the picture."""
     finals = {f"{name}, seed {seed}": (name, seed) for seed in table.args.seeds for name in METHODS}
     scoring = 1.5 * table.args.n * sum(STEPS)                 # of the guided evaluations that `tell_time` counts
-    table.tell_time(table.jobs({"undistilled, seed 0": ((), scoring, 0)} | {
+    table.tell_time(table.jobs({UNDISTILLED: ((), scoring, 0)} | {
         figure: ((name,), scoring, 0) for figure, (name, _) in finals.items()}))
-    table.made("undistilled, seed 0", lambda: scored(table, table.base, GUIDANCE))
+    table.made(UNDISTILLED, lambda: scored(table, table.base, GUIDANCE))
     rates = table.rates()
     for figure, (name, seed) in finals.items():
         table.made(figure, lambda name=name, seed=seed: scored(

@@ -10,6 +10,7 @@ import shutil
 import sys
 import textwrap
 import time
+from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from runtime import autocast, log_stderr, pick_device, pick_dtype, progress
 from sample import Sampler
 
 STEPS = 1, 2, 4, 8, 16, 64
+UNDISTILLED = "undistilled, seed 0"                          # the figure that every table has
 LOOK = 1 / 25             # seconds that a thread of a CPU with AMX needs for Inception's features of an image, in bf16
 
 # ---- runs -----------------------------------------------------------------------------------------------
@@ -114,10 +116,11 @@ class Figures:
     """What was measured, by name, in a JSON file to which several processes may add: what is there is not made again.
 
     about  what all of it has in common;  runs  the folder of the runs, for a lock
+    source  what the names begin with that are looked up
     Exits if the file holds figures of something else."""
 
     def __init__(self, path, about, runs):
-        self.path, self.about, self.runs, self.values = path, about, runs, {}
+        self.path, self.about, self.runs, self.values, self.source = path, about, runs, {}, ""
         self.read()
 
     def __str__(self):
@@ -143,14 +146,27 @@ class Figures:
                     tmp.write_text(f"{{\n{lines}\n}}\n")
         return self.values[name]
 
+    def sources(self):
+        """All that begin the name of a figure of the undistilled model; the first is "", if it is there."""
+        return sorted((k.removesuffix(UNDISTILLED) for k in self.values if k.endswith(UNDISTILLED)), key=len)
+
+    def of_source(self, source):
+        """The same figures, to look up those of another source."""
+        view = copy(self)
+        view.source = source
+        return view
+
+    def seeds(self, name):
+        """What is called "NAME, seed S", by seed: None of a run that fell apart."""
+        return [v for k, v in sorted(self.values.items()) if k.rpartition(", seed ")[0] == self.source + name]
+
     def of_seeds(self, name):
-        """The figures called "NAME, seed S" that are there, without those of runs that fell apart."""
-        found = [v for k, v in sorted(self.values.items()) if k.rpartition(", seed ")[0] == name]
-        return [value for value in found if value]
+        """The same, without those that fell apart."""
+        return [value for value in self.seeds(name) if value]
 
     def broken(self, name):
         """How many seeds of the runs of this name fell apart."""
-        return sum(v is None and k.rpartition(", seed ")[0] == name for k, v in self.values.items())
+        return self.seeds(name).count(None)
 
 class Experiment:
     """Distillations of one base model by several methods, and figures of them.
@@ -239,7 +255,7 @@ class Experiment:
         """make(self) all figures that are missing, unless there are no --seeds, and write page(self)."""
         if self.args.seeds:
             make(self)
-        if not self.figures.of_seeds("undistilled"):
+        if not self.figures.sources():
             sys.exit(f"error: {self.figures.path} has no figures yet")
         write(self.args.out / f"{self.name}.md", page(self))
 

@@ -10,7 +10,7 @@
 from unittest import mock
 
 import lab
-from common import STEPS, Experiment, evaluations, heading, pairs, row, seeds_of, write
+from common import STEPS, UNDISTILLED, Experiment, evaluations, heading, pairs, row, seeds_of, write
 from table2 import BASE, SIZES
 
 import distill
@@ -52,7 +52,7 @@ def make(table):
     scoring = table.args.n * sum(STEPS)
     finals = {f"{name}, seed {seed}": (name, seed) for seed in table.args.seeds for name in METHODS}
     table.tell_time(table.jobs({figure: ((name,), scoring, 0) for figure, (name, _) in finals.items()}))
-    table.made("undistilled, seed 0", lambda: dict(scores=table.quick_scores(table.base, STEPS)))
+    table.made(UNDISTILLED, lambda: dict(scores=table.quick_scores(table.base, STEPS)))
     for figure, (name, seed) in finals.items():
         lr = distill.parse_args(METHODS[name][0]).lr
         table.made(figure, lambda name=name, seed=seed, lr=lr: dict(scores=table.last_scores(

@@ -3,6 +3,7 @@
     python experiments/table2.py --data celeba-10k.zip         # out/table2: a page, .json, .png; 8 hours on an old core
     python experiments/table2.py --data celeba-10k.zip --size 32                # the same of 32x32, twice the time
     python experiments/table2.py --data celeba-10k.zip --weights pt_inception.pth -n 10000 --out out/fid     # on a GPU
+    python experiments/table2.py --data celeba-10k.zip --weights random --methods tsd dsdi  # adds rFID of these two
 
 Trains the base model, then distils it with every method at its own rate, chosen by fidelity, which is not shown, of a
 run of another seed (shortcut: at its default rate), and as the paper does, with its four at the rate that is best for
@@ -10,8 +11,11 @@ TSD. Tells the time first. What table2.json has is not made again, so that sever
 each make some of it: with --seeds, and on another machine with the same base as --ckpt and table2.json copied along.
 """
 
+from pathlib import Path
+
 from common import (
     STEPS,
+    UNDISTILLED,
     Experiment,
     cell,
     claims_table,
@@ -64,6 +68,10 @@ CLAIMS = {
     "TSD beats the undistilled model": (f"tsd, {OWN}", "undistilled"),
 }
 
+def source_of(args):
+    """What the names of figures begin with: the weights that score them, or nothing for the quick score."""
+    return f"{Path(args.weights).name}: " if args.weights else ""
+
 def scored(table, ckpt, **more):
     """{steps: {score: value}} of a checkpoint, by fid.py if there are --weights, with `more` beside it."""
     if table.args.weights:
@@ -75,25 +83,38 @@ def scored(table, ckpt, **more):
 
 def finals(args):
     """{figure: (method, way)} of all that the table shows but the undistilled model."""
-    ways = [(name, OWN) for name in METHODS] + [(name, SAME) for name in PAPERS if name in METHODS]
-    return {f"{name}, {way}, seed {seed}": (name, way, seed) for seed in args.seeds for name, way in ways}
+    ways = [(name, OWN) for name in args.methods]
+    ways += [(name, SAME) for name in PAPERS if {name, "tsd"} <= {*args.methods}]
+    return {f"{source_of(args)}{name}, {way}, seed {seed}": (name, way, seed)
+            for seed in args.seeds for name, way in ways}
 
 def make(table):
     """All figures that are missing, and the picture."""
     scoring, looks = table.args.n * sum(STEPS), table.args.n * len(STEPS) * bool(table.args.weights)
-    table.tell_time(table.jobs({"undistilled, seed 0": ((), scoring, looks)} | {
+    undistilled = source_of(table.args) + UNDISTILLED
+    table.tell_time(table.jobs({undistilled: ((), scoring, looks)} | {
         figure: ((name,), scoring, looks) for figure, (name, *_) in finals(table.args).items()}))
-    table.made("undistilled, seed 0", lambda: scored(table, table.base))
+    table.made(undistilled, lambda: scored(table, table.base))
     rates = table.rates()
     for figure, (name, way, seed) in finals(table.args).items():
         lr = rates[name if way == OWN else "tsd"]
         table.made(figure, lambda name=name, lr=lr, seed=seed: scored(table, table.run(name, lr, seed), lr=lr))
-    table.draw(rates, "--steps", *map(str, STEPS), "-n", "2")
+    if rates.keys() == METHODS.keys():
+        table.draw(rates, "--steps", *map(str, STEPS), "-n", "2")
 
 def page(table):
-    """The tables in Markdown."""
+    """The page in Markdown."""
+    lines = [f"`python experiments/table2.py`: {table.figures}. Means of seeds of distillation, ± half their "
+             f"range; the base model is one. Own rates: chosen by the fidelity of a run of seed "
+             f"{table.CHOICE}, but for shortcut's, which is the default. Evaluations: thousands of images through a "
+             f"network."]
+    return "\n".join([*lines, *(line for source in table.figures.sources()
+                                for line in tables(table.figures.of_source(source)))])
+
+def tables(figures):
+    """Lines of Markdown: the tables and the claims of the figures of one `source`."""
     rows = ["undistilled", *(f"{name}, {way}" for way in (OWN, SAME) for name in METHODS)]
-    found = {name: runs for name in rows if (runs := table.figures.of_seeds(name))}
+    found = {name: runs for name in rows if (runs := figures.of_seeds(name))}
     first = found["undistilled"][0]
     def values(name, steps, metric):
         return [run["scores"][str(steps)][metric] for run in found.get(name, [])]
@@ -102,30 +123,30 @@ def page(table):
             return "", "", ""
         flags, _ = METHODS[name.split(",")[0]]
         cost = evaluations(distill.parse_args(flags))
-        return rates_of(runs), seeds_of(table.figures, name), f"{cost / 1000:.1f}"
-    lines = [f"`python experiments/table2.py`: {table.figures}. Means of seeds of distillation, ± half their "
-             f"range; the base model is one. Own rates: chosen by the fidelity of a run of seed "
-             f"{table.CHOICE}, but for shortcut's, which is the default. Evaluations: thousands of images through a "
-             f"network. Contrast of the real images: {first['contrast']:.3f}."]
+        return rates_of(runs), seeds_of(figures, name), f"{cost / 1000:.1f}"
+    by = f"By `fid.py --weights {figures.source[:-2]}`. " if figures.source else ""
+    lines = ["", f"{by}Contrast of the real images: {first['contrast']:.3f}."]
     metrics = [m for m in first["scores"]["1"] if not any(part in m for part in ("std", "KID", "fidelity"))]
     for metric in metrics:
         lines += ["", f"**{metric}** at N steps", "", heading("method", "rate", "seeds", "evaluations", *STEPS)]
         lines += [row(name, [*about(name, runs), *(cell(values(name, s, metric)) for s in STEPS)])
                   for name, runs in found.items()]
-    lines += claims_table(CLAIMS, STEPS, table.figures, lambda name, steps: values(name, steps, metrics[0]),
+    claims = {claim: pair for claim, pair in CLAIMS.items() if found.keys() >= {*pair}}
+    lines += claims_table(claims, STEPS, figures, lambda name, steps: values(name, steps, metrics[0]),
                           f", by {metrics[0]}")
     sharp = [verdict([first["contrast"]] * 2, values(f"dsdgexp, {OWN}", s, "contrast")) for s in STEPS]
-    return "\n".join([*lines, row("DSDGEXP over-sharpens: more contrast than the real images", sharp)])
+    return [*lines, row("DSDGEXP over-sharpens: more contrast than the real images", sharp)]
 
 def main(argv=None):
     p = Experiment.flags("table2", __doc__, samples=256)
     p.add_argument("--size", type=int, choices=SIZES, default=16,
                    help="side of the images (default: 16); the names of others' files and folders end in it: table2-32")
     p.add_argument("--weights", metavar="FILE", help="score by fid.py with these features, not by the quick score")
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="M",
+                   help="only the runs of these, and no picture (default: all)")
     args = p.parse_args(argv)
     name, args.runs = (end + f"-{args.size}" * (args.size != 16) for end in ("table2", args.runs))
-    about = dict(weights=args.weights) if args.weights else {}
-    table = Experiment(name, args, [*BASE, *SIZES[args.size]], METHODS, **about)
+    table = Experiment(name, args, [*BASE, *SIZES[args.size]], {m: METHODS[m] for m in args.methods})
     table.sitting(make, page)
 
 if __name__ == "__main__":

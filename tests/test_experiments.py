@@ -79,9 +79,15 @@ def test_table2_by_fid(place, tmp_path, monkeypatch, capsys):
     for name, value in (("BASE", BASE), ("SIZES", {16: ["--size", "8"]}), ("METHODS", methods), ("STEPS", (1, 2)),
                         ("PAPERS", ())):
         monkeypatch.setattr(table2, name, value)
+    table2.main(place)
+    runs = lambda: {path: path.stat().st_mtime_ns for path in tmp_path.rglob("ckpt.pt")}  # noqa: E731
+    made = runs()
     figures, page = rehearse(table2, [*place, "--weights", "random"], tmp_path, monkeypatch, capsys)
-    assert figures["dsdi, own rate, seed 0"]["lr"] == 3e-6 and not any(name.startswith("rate of") for name in figures)
+    assert figures["random: dsdi, own rate, seed 0"]["lr"] == 3e-6
+    assert not any(name.startswith("rate of") for name in figures)
     assert all(f"**{metric}** at N steps" in page for metric in ("rFID", "rprecision", "rrecall", "contrast"))
+    assert len(made) == 3 and runs() == made                  # scored once more, not made anew
+    assert page.index("**quick score**") < page.index("By `fid.py --weights random`") < page.index("**rFID**")
 
 def test_classes(place, tmp_path, monkeypatch, capsys):
     methods = {"dsdi": (["--schedule", "dsdi", "--updates", "3", *P], 1e-3),
