@@ -10,6 +10,7 @@ sample.py need them. What a run adds to go on exactly: see trainer.py. LDM's own
 import contextlib
 import hashlib
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def whole_file(path):
     finally:
         with contextlib.suppress(OSError):
             tmp.unlink()
+
+@contextlib.contextmanager
+def naming(path):
+    """Within it an error says which file can't be written: that of a full disk does not know."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
 
 def check_writable(folder):
     """Make a folder, before the work whose results it is for. Exits if that, or writing into it, is not possible."""
@@ -94,6 +104,9 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
     except FileNotFoundError:
         raise CheckpointError(f"error: no checkpoint at {path}; to make one: python train.py --distill 0.15") from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"error: {path} is no readable checkpoint (damaged, or with more in it than tensors and "
+                              f"plain values)") from None
     except Exception as e:  # torch raises half a dozen types here, all meaning the same to a user
         raise CheckpointError(f"error: {path} is no readable checkpoint ({str(e).splitlines()[0][:120]})") from None
     if not isinstance(state, dict) or not {"config", "weights", "ema", "schedule", "predicts", "shape"} <= state.keys():

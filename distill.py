@@ -21,7 +21,17 @@ import torch
 
 from curves import draw_curves
 from ddim import WEIGHTS, ddim_target
-from flags import at_least, checkpoint, fraction, optimiser_flags, out_flags, parse_with_saved, run_flags, score_flags
+from flags import (
+    at_least,
+    checkpoint,
+    finite,
+    fraction,
+    optimiser_flags,
+    out_flags,
+    parse_with_saved,
+    run_flags,
+    score_flags,
+)
 from hooks import SHOWN, WATCHED, Guard, scorer
 from ldm import MODELS, Latents, ldm_flag
 from model import param_count
@@ -165,7 +175,7 @@ def parse_args(argv=None):
     g.add_argument("--target", choices=["ddim", "x0"], default="ddim",
                    help="x'': where one big step must aim (ddim, default), or the second prediction (x0, section 4.1)")
     g.add_argument("--weight", choices=WEIGHTS, default="snr", help="w(λ) of the loss: truncated SNR (default), or 1")
-    g.add_argument("--guidance", type=float, nargs=2, default=[1.0, 3.0], metavar=("LOW", "HIGH"),
+    g.add_argument("--guidance", type=finite, nargs=2, default=[1.0, 3.0], metavar=("LOW", "HIGH"),
                    help="range of the guidance weight, for models with classes (default: 1 3; of shortcut: 2 2)")
     g.add_argument("--dry-run", action="store_true", help="only print the plan")
     out_flags(g, "out/<schedule>")

@@ -81,7 +81,7 @@ def export(net, state, folder):
     if net.config.step_length:
         raise CheckpointError("error: this model is told the length of its steps: diffusers' networks have no such "
                               "input")
-    folder, save_file = Path(folder), safetensors().torch.save_file
+    folder, save_file = Path(folder).absolute(), safetensors().torch.save_file
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"error: {folder} exists; choose another --export")
     parts, configs = parts_of(net, state)

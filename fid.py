@@ -35,8 +35,8 @@ import torch
 from PIL import Image
 
 from checkpoint import check_writable, claimed, trained_on, whole_file
-from data import DataError, eight_bits, load_data, locked, open_source, to_pixels
-from flags import at_least, checkpoint, device_flags, seed
+from data import DataError, eight_bits, load_data, open_source, to_pixels
+from flags import at_least, checkpoint, device_flags, finite, positive, seed
 from inception import load_features
 from ldm import image_channels, image_size, ldm_flag, model_hash
 from runtime import (
@@ -93,7 +93,7 @@ def open_side(path, size=None, crop=None, batch=64, cache=None):
     about = dict(source=str(path), prepared="as stored")
     if path.suffix == ".npz" and path.is_file():
         if size:
-            raise DataError(f"error: --size needs image files or an LMDB; {path} holds images as they are")
+            raise DataError(f"error: --size needs image files or an LMDB; an npz can't be resized: {path}")
         if is_statistics(path):
             stats = Statistics.load(path)
             stats.provenance.setdefault("source", str(path))
@@ -125,9 +125,11 @@ def packed_statistics(images, features, batch=64, count=None):
     about = dict(source=source, prepared=images.preparation + ", greyscale" * (images.channels == 1))
     stats = statistics_of_batches(own_batches(map(images.image, order), batch), len(order), features, about,
                                   f"reference, {source}")
-    if stats:
-        with locked(images.folder, "scoring"):                # another run may write the same
+    try:
+        if stats:
             stats.save(path)
+    except SystemExit as e:
+        log_stderr(f"warning: the reference's statistics are not kept: {e}")
     return stats
 
 def reference_path(images, features, count=None):
@@ -143,10 +145,7 @@ def sampled_statistics(sampler, steps, n, features, provenance, batch=64):
     return statistics_of_batches(batches, n, features, provenance, f"{steps} steps")
 
 def is_statistics(path):
-    """Whether a path is that of an npz of statistics. Raises DataError."""
-    path = Path(path).expanduser()
-    if path.suffix != ".npz" or not path.is_file():
-        return False
+    """Whether an npz holds statistics. Raises DataError."""
     with reading(path, "is no readable npz"), np.load(path) as f:
         return "mu" in f
 
@@ -296,15 +295,18 @@ def parse_args(argv=None):
                    help="the columns of the table (default: 2 4 8 16 32 64)")
     g.add_argument("--real", type=at_least(2), metavar="N", help="so many of the real images (default: all of them)")
     g.add_argument("-n", type=at_least(2), default=30_000, metavar="N", help="images for each score (default: 30000)")
-    g.add_argument("--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance (default: 1)")
+    g.add_argument("--guidance", type=finite, default=1.0, metavar="W", help="classifier-free guidance (default: 1)")
     ldm_flag(g)
-    g.add_argument("--out", default="out/fid", metavar="DIR", help="for table.md and table.json (default: out/fid)")
+    g.add_argument("--out", default="out/fid", metavar="DIR",
+                   help="for table.md and table.json (default: out/fid); scores/ beside each --ckpt keeps its scores")
     g = p.add_argument_group("image files")
     g.add_argument("sides", nargs="*", metavar="REAL FAKE",
                    help="two of: folder, zip, LMDB, npz of images (arr_0), npz of statistics; or one, with --save")
     g.add_argument("--save", metavar="NPZ", help="write the statistics of the last side here")
-    g.add_argument("--size", type=at_least(1), help="bring REAL to this size as training does; with --ldm: the models'")
-    g.add_argument("--crop", type=float, help="with --size: centre crop as in train.py, in pixels, or up to 1: a share")
+    g.add_argument("--size", type=at_least(1),
+                   help="bring REAL to this size as training does; with --ldm: side of the model's images")
+    g.add_argument("--crop", type=positive,
+                   help="with --size: centre crop as in train.py, in pixels, or up to 1: a share")
     g = p.add_argument_group("features")
     g.add_argument("--weights", metavar="FILE",
                    help="Inception weights (default: pytorch-fid's, downloaded once), or random: rFID, no download")
@@ -319,9 +321,13 @@ def parse_args(argv=None):
     p.set_defaults(classes=None)                              # all of them, in turn
     args = p.parse_args(argv)
     if args.save and (args.ckpt or Path(args.save).suffix != ".npz" or args.save in args.sides):
-        p.error("--save needs a new file, ending in .npz, and image files")
+        p.error("--save needs a file ending in .npz, another than REAL and FAKE, and image files")
     if len(args.sides) not in ([0] if args.ckpt else [1, 2] if args.save else [2]):
-        p.error("give REAL and FAKE, or one of them with --save, or --ckpt with --data")
+        p.error("give REAL and FAKE, or one of them with --save, or --ckpt")
+    models = [f"{'-' * (1 + (k != 'n'))}{k}" for k in ("data", "steps", "real", "n", "guidance", "ldm")
+              if getattr(args, k) != p.get_default(k)]
+    if args.sides and models:
+        p.error(f"{', '.join(models)}: of models only, which --ckpt names")
     if args.crop and (args.ckpt or not args.size):
         p.error("--crop goes with REAL and --size: it is part of bringing REAL to a model's size")
     return args
@@ -351,12 +357,15 @@ def check_save(path):
         sys.exit(f"error: {path} is there already, and holds no statistics; choose another --save")
     check_writable(path.parent)
 
+def check_models(args):
+    """Exit if one of --ckpt can't be scored, before hours are spent on the first."""
+    for path in args.ckpt or []:
+        _, state = load_sampler(path, args, torch.device("cpu"), "fp32")
+        if "ldm" in state and not (args.data or trained_on(state)["data"]):
+            sys.exit(f"error: {path} is one of LDM's models: the images to compare with have to be given, as --data")
+
 def compare_models(args, features, device):
     """Score every checkpoint at every step count: table.md and table.json in --out."""
-    for path in args.ckpt:                                     # each of them, before hours are spent on the first
-        _, state = load_sampler(path, args, torch.device("cpu"), "fp32")
-        if "ldm" in state and not args.data:
-            sys.exit(f"error: {path} is one of LDM's models: the images to compare with have to be given, as --data")
     results, out = {}, Path(args.out)
     for path in args.ckpt:
         name = model_name(path)
@@ -364,7 +373,7 @@ def compare_models(args, features, device):
         if rank() == 0:                                        # after each model: an interrupted table is still a table
             for file, text in (("table.md", table(results) + "\n"), ("table.json", json.dumps(results, indent=1))):
                 with whole_file(out / file) as tmp:
-                    tmp.write_text(text)
+                    tmp.write_text(text, "utf-8", errors="backslashreplace")       # of a folder's odd name
     if rank() == 0:
         print(table(results))
         log_stderr(f"wrote {out}/table.md and table.json")
@@ -372,7 +381,8 @@ def compare_models(args, features, device):
 def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
-    for path in [*(args.ckpt or []), *args.sides]:             # before a long download, and longer sampling
+    check_models(args)
+    for path in args.sides:                                    # before the first is packed, and a long download
         if not Path(path).expanduser().exists():
             sys.exit(f"error: no such file or folder: {path}")
     sides = [open_side(path, None if i else args.size, args.crop, args.batch, args.cache)

@@ -23,6 +23,7 @@ def at_least(low):
 
 seed = checked(int, lambda value: 0 <= value < 2 ** 62, "a number from 0 to 2^62")
 positive = checked(float, lambda value: 0 < value < math.inf, "a positive number")
+finite = checked(float, math.isfinite, "a finite number")
 fraction = checked(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 def checkpoint(text):

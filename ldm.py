@@ -391,7 +391,7 @@ def unet_config(unet, size):
                out_channels=unet.in_channels, block_out_channels=[m * unet.channels for m in unet.mult],
                layers_per_block=unet.blocks, down_block_types=kinds(f"{cross}AttnDownBlock2D", "DownBlock2D"),
                up_block_types=kinds(f"{cross}AttnUpBlock2D", "UpBlock2D")[::-1],
-               attention_head_dim=unet.head_channels, norm_num_groups=unet.groups, norm_eps=1e-5, act_fn="silu",
+               attention_head_dim=unet.head_channels or None, norm_num_groups=unet.groups, norm_eps=1e-5, act_fn="silu",
                downsample_padding=1, flip_sin_to_cos=True, freq_shift=0)
     if unet.context_dim:                                      # here diffusers' head_dim is the number of heads
         net |= dict(_class_name="UNet2DConditionModel", cross_attention_dim=unet.context_dim,
@@ -418,8 +418,8 @@ def config_of(folder, part):
     """What the config of a part of such a folder says, {} if there is none. Raises CheckpointError."""
     path = Path(folder) / config_name(part)
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as e:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as e:
         raise CheckpointError(f"error: {path} is no readable JSON ({e})") from None
 
 def check_folder(folder, configs, what):
@@ -441,7 +441,8 @@ def load_model(path, device="cpu", ema=True, name=None, size=None):
     path   a checkpoint of ours, a model.ckpt of CompVis's, or a folder in diffusers' layout
     ema    the averaged weights where there are any; False: the weights themselves
     name   which of MODELS it is: needed for files that are not ours; those know it
-    size   side of the images in pixels, for an unconditional model's file that is to draw others than it was made for
+    size   side of the images in pixels, for an unconditional model's file that is to draw others than it was made for;
+           None: what a folder's config says, or the published size
 
     The state of an LDM has its name as `ldm`, and the `autoencoder`'s tensors. Every state has its `files`, see
     `model_hash`. Raises CheckpointError."""
@@ -452,8 +453,9 @@ def load_model(path, device="cpu", ema=True, name=None, size=None):
     content = read_file(path) if path.is_file() else None
     if path.is_dir() or isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         if name is None:
-            raise CheckpointError(f"error: {path} is in the layout of LDM's files: say which model it is, with --ldm")
-        net, state = _load_foreign(path, content, device, ema, name, size or MODELS[name].size)
+            raise CheckpointError(f"error: {path} is in the layout of LDM's files: say which model it is, with --ldm "
+                                  f"(if train.py made it, give its ckpt.pt instead)")
+        net, state = _load_foreign(path, content, device, ema, name, size)
         return net, state | dict(files=files)
     net, state = load_own(path, device, ema)
     state["files"] = files
@@ -467,6 +469,8 @@ def load_model(path, device="cpu", ema=True, name=None, size=None):
 
 def _load_foreign(path, content, device, ema, name, size):
     bundle, c, what = build(name), MODELS[name], f"{path} is not LDM's {name}"
+    sample_size = config_of(path, "unet").get("sample_size") if content is None else None
+    size = size or (sample_size * c.autoencoder.factor if sample_size else c.size)
     step = c.autoencoder.factor * 2 ** (len(c.unet.mult) - 1)
     if size < step or size % step or (size != c.size and c.unet.classes):
         allowed = f"{c.size} and nothing else" if c.unet.classes else f"a multiple of {step}"

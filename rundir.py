@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from checkpoint import claimed, load_checkpoint, whole_file
+from checkpoint import claimed, load_checkpoint, naming, whole_file
 from runtime import rank, ranks
 
 # What this project writes into the folder of a run, by its exact names: nothing else is ever deleted.
@@ -43,7 +43,8 @@ class Log:
 
     def write(self, entry):
         """One line: {name: value} with the update as `step`."""
-        print(json.dumps(entry), file=self.file, flush=True)
+        with naming(self.file.name):
+            print(json.dumps(entry), file=self.file, flush=True)
         if not self.board:
             return
         step, at = entry["step"], entry.get("fake", {}).get("steps")

@@ -28,10 +28,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoint import check_writable, claimed, whole_file
+from checkpoint import check_writable, claimed, naming, whole_file
 from data import first_not_finite, mapped, save_grid, to_pixels
 from ddim import Denoiser, ddim_sample, start_noise
-from flags import at_least, checkpoint, device_flags, seed
+from flags import at_least, checkpoint, device_flags, finite, seed
 from ldm import autoencoder_of, image_size, ldm_flag, load_model, model_hash
 from runtime import autocast, broadcast, launch, map_over_ranks, memory_format, pick_device, pick_dtype, progress, rank
 
@@ -94,7 +94,7 @@ class Sampler:
         with autocast(self.device, self.dtype):
             return torch.cat([self.autoencoder.decode(z.to(self.device)) for z in x.split(self.decode_batch)])
 
-def draw_grid(samplers, steps, n, path):
+def draw_grid(samplers, steps, n, path, batch=64):
     """One PNG of every model at every step count, always from the same n noises. Rank 0 draws it.
 
     One or two models: a row for each step count and model, so that before and after lie under each other. More: a row
@@ -106,7 +106,7 @@ def draw_grid(samplers, steps, n, path):
     rows, labels, aside = [], [], len(samplers) > 2
     with progress(total=sum(steps) * len(samplers), desc="sampling", unit="step") as bar:
         for s, (name, sampler) in product(steps, samplers.items()):
-            rows.append(sampler(range(n), s).cpu())
+            rows += [sampler(range(n)[k:k + batch], s).cpu() for k in range(0, n, batch)]
             labels.append(f"{s} {name}" if len(samplers) == 2 else f"{s} step{'s' * (s > 1)}")
             bar.update(s)
     heads = [text for name, sampler in samplers.items() for text in ([name] + [""] * (n - 1) if aside else
@@ -131,8 +131,8 @@ class Samples:
         if self.raw:                                          # the lock makes an empty one
             found = [f for f in (path, self.raw) if f.exists() and f.stat().st_size]
         noted = {}
-        with contextlib.suppress(OSError, ValueError):
-            noted = json.loads(note.read_text())
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            noted = dict(json.loads(note.read_text()))
         others = [k for k in settings if noted.get(k) != settings[k]]
         if (found or note.exists()) and "ckpt" not in noted:
             sys.exit(f"error: {path} holds images, or {note.name}, that sample.py did not write; choose another --save")
@@ -167,7 +167,7 @@ class Samples:
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL compresses without the interpreter lock
                 list(pool.map(self._write_png, indices, pixels))
             return
-        with open(self.raw, "ab") as f:
+        with naming(self.raw), open(self.raw, "ab") as f:
             f.truncate(indices[0] * pixels[0].nbytes)         # half an image, where a run was killed
             f.write(pixels.tobytes())
         if indices[-1] == self.n - 1:
@@ -187,9 +187,11 @@ def saving(path):
     """Hold the lock of what --save names: of a folder, or of the raw file that becomes an npz."""
     raw = Path(f"{path}.raw") if path.suffix == ".npz" else None
     with claimed(raw or path, folder=not raw):
-        yield
-        if raw and raw.exists() and not raw.stat().st_size:   # made by the lock alone
-            raw.unlink()
+        try:
+            yield
+        finally:
+            if raw and raw.exists() and not raw.stat().st_size:      # made by the lock alone
+                raw.unlink()
 
 def save_images(sampler, steps, n, batch, samples):
     """Draw those of n images that are missing, batch by batch, the ranks in turn. Ctrl-C leaves whole images.
@@ -213,7 +215,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("images")
     g.add_argument("--ckpt", type=checkpoint, nargs="+", default=["out/train/ckpt.pt"], metavar="FILE",
-                   help="models, or folders of runs: a row for each in every step count (default: out/train/ckpt.pt)")
+                   help="models, or folders of runs, to compare (default: out/train/ckpt.pt)")
     g.add_argument("--steps", type=at_least(1), nargs="+", default=[2, 4, 8, 64], metavar="N",
                    help="network evaluations per image, each a row of the grid (default: 2 4 8 64)")
     g.add_argument("-n", type=at_least(1), metavar="N",
@@ -221,7 +223,7 @@ def parse_args(argv=None):
     g.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
     g.add_argument("--class", dest="classes", nargs="+", metavar="C",
                    help="classes, by name or number, given to the images in turn (default: all of them)")
-    g.add_argument("--guidance", type=float, default=1.0, metavar="W",
+    g.add_argument("--guidance", type=finite, default=1.0, metavar="W",
                    help="classifier-free guidance: 1 is none; more follows the class more strictly, at twice the cost")
     g = p.add_argument_group("where to").add_mutually_exclusive_group()
     g.add_argument("--out", metavar="PATH", help="the grid: a .png, or a folder for grid.png (default: beside --ckpt)")
@@ -232,7 +234,7 @@ def parse_args(argv=None):
     g.add_argument("--size", type=at_least(1), help="with --ldm: side of the images in pixels (default: 256)")
     g = p.add_argument_group("rarely needed")
     g.add_argument("--raw", action="store_true", help="the weights themselves instead of their average (EMA)")
-    g.add_argument("--batch", type=at_least(1), default=64, help="images at a time with --save (default: 64)")
+    g.add_argument("--batch", type=at_least(1), default=64, help="images at a time (default: 64)")
     g.add_argument("--overwrite", action="store_true", help="delete the samples that --save finds there")
     device_flags(g)
     args = p.parse_args(argv)
@@ -240,7 +242,7 @@ def parse_args(argv=None):
         p.error("--save needs -n, exactly one step count and one --ckpt: --steps 8 -n 50000 --save DIR")
     if args.export and len(args.ckpt) != 1:
         p.error("--export writes one model: give one --ckpt")
-    if args.out and Path(args.out).suffix not in ("", ".png"):
+    if args.out and Path(args.out).suffix not in ("", ".png") and not Path(args.out).is_dir():
         p.error(f"--out {args.out}: the grid is a .png")
     return args
 
@@ -299,7 +301,7 @@ def main(argv=None):
     else:
         path = path if path.suffix == ".png" else path / grid_name(args)
         check_writable(path.parent)
-        draw_grid(samplers, args.steps, args.n or (10 if len(samplers) < 3 else 4), path)
+        draw_grid(samplers, args.steps, args.n or (10 if len(samplers) < 3 else 4), path, args.batch)
     print(f"wrote {path}{describe_history(state) if len(samplers) == 1 else ''}")
 
 def grid_name(args):

@@ -224,10 +224,7 @@ def metric_names(weights):
         return "rFID (random features)", None, *(f"r{name} (random features)" for name in others)
     return tuple(f"{name} (weights {weights[:8]})" for name in ("FD", "IS", "KD", *others[1:]))
 
-@cache
-def warn_once(text):
-    """A warning that would stand beside each cell of a table, once."""
-    log_stderr(text)
+warn_once = cache(log_stderr)                                 # what would stand beside each cell of a table
 
 def compare(real, fake):
     """All scores of `fake` against `real` (Statistics), with what they are: dict(scores, features, real, fake).

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from checkpoint import naming
 from data import Images, mapped
 from ddim import ddim_target, to_x
 from runtime import broadcast, local_rows, log_stderr, map_over_ranks, progress, rank
@@ -160,7 +161,8 @@ class OwnSamples(Images):
         def draw(job):
             return sampler.draw([self.FIRST + i for i in job], steps).half().cpu().numpy()
         drawn = map_over_ranks(jobs, draw)
-        with open(os.devnull if rank() else part, "ab") as f, progress(total=shape[0], initial=done, unit="img") as bar:
+        with (naming(part), open(os.devnull if rank() else part, "ab") as f,
+              progress(total=shape[0], initial=done, unit="img") as bar):
             if rank() == 0:
                 f.truncate(done * one)                        # what was cut off in the middle is drawn again
             for job, x in zip(jobs, drawn, strict=False):     # nothing is drawn on other ranks than 0

@@ -20,7 +20,17 @@ import torch
 from curves import draw_curves
 from data import load_data, save_grid
 from ddim import ddim_sample, ddim_target, start_noise, to_x
-from flags import at_least, fraction, optimiser_flags, out_flags, parse_with_saved, positive, run_flags, score_flags
+from flags import (
+    at_least,
+    finite,
+    fraction,
+    optimiser_flags,
+    out_flags,
+    parse_with_saved,
+    positive,
+    run_flags,
+    score_flags,
+)
 from model import CONFIGS, UNet, UNetConfig, param_count
 from rundir import check_out, prepare_out
 from runtime import describe_device, launch, memory_format, pick_device, pick_dtype, rank
@@ -119,7 +129,7 @@ def parse_args(argv=None):
     g.add_argument("--size", type=at_least(1), help="side of the training images in pixels (default: %(default)s)")
     g.add_argument("--crop", type=positive, help="centre crop first: in pixels, or up to 1: a share of the side")
     g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half (default: on)")
-    g.add_argument("--guidance", type=float, default=1.0, metavar="W",
+    g.add_argument("--guidance", type=finite, default=1.0, metavar="W",
                    help="with --shortcut and --classes: the guidance that is built into jumps (default: 1, none)")
     g.add_argument("--channels-in", type=int, choices=[1, 3], help="greyscale or RGB (default: as the images are)")
     g.add_argument("--classes", action=argparse.BooleanOptionalAction, default=False,

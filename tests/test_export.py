@@ -15,6 +15,7 @@ SMALL = {
     "toy": CONFIGS["toy"] | dict(channels=16),
     "small32": CONFIGS["small32"] | dict(channels=32),
     "unet64": CONFIGS["unet64"] | dict(channels=64),
+    "one head": CONFIGS["toy"] | dict(channels=16, head_channels=0),
 }
 
 def model(name, classes):

@@ -66,9 +66,22 @@ def test_no_room_for_a_checkpoint(small_run, tmp_path, size):
 def test_no_room_for_statistics_costs_no_score(tmp_path, capsys):
     folder = labelled_images(tmp_path / "a", 4)
     with limited(1000), exits(rf"error: can't write {tmp_path}/s\.npz \(File too large\)"):
-        fid.main([folder, folder, *QUICK, "--save", str(tmp_path / "s.npz")])
+        fid.main([folder, folder, *QUICK[:2], *CPU, "--save", str(tmp_path / "s.npz")])
     assert "rFID (random features): " in capsys.readouterr().out
     assert not list(tmp_path.glob("s.npz*"))
+
+def test_no_room_for_the_references_statistics_costs_no_score(ckpt, tmp_path, monkeypatch, capsys):
+    def full(*a, **k):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(np, "savez", full)
+    fid.main(["--ckpt", str(ckpt), *QUICK, "--out", str(tmp_path / "fid"), "--cache", str(tmp_path / "cache")])
+    said = capsys.readouterr()
+    assert "warning: the reference's statistics are not kept: error: can't write" in said.err
+    assert "**rFID (random features)** at N steps" in said.out
+
+def test_no_room_for_many_samples_is_told_with_the_name_of_the_file(ckpt, tmp_path):
+    with limited(1000), pytest.raises(OSError, match=r"File too large: '.*x\.npz\.raw'"):
+        sample.main(["--ckpt", str(ckpt), "--steps", "2", "-n", "40", "--save", str(tmp_path / "x.npz"), *CPU])
 
 # ---- second processes -----------------------------------------------------------------------------------
 def test_two_runs_never_share_a_folder(small_run, ckpt, tmp_path):

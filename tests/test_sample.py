@@ -200,6 +200,7 @@ def test_samples_of_other_settings_are_not_mixed(ckpt, tmp_path):
             script.main([*args, "4"])
         with pytest.raises(SystemExit, match="made with another seed"):
             script.main([*args, "2", "--seed", "3"])
+        assert not (tmp_path / "x.npz.raw").exists()                    # the lock of a refused command
         script.main([*args, "4", "--overwrite"])
     assert json.loads((tmp_path / "png" / "settings.json").read_text())["steps"] == 4
     with pytest.raises(SystemExit, match="made with another n;"):
