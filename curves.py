@@ -23,6 +23,8 @@ def draw_curves(trainer):
     log = [entry for entry in read_log(trainer.out) if "loss" in entry]
     panels = {title: [key for key in keys if any(key in entry for entry in log)] for title, keys in PANELS.items()}
     panels = {title: keys for title, keys in panels.items() if keys}
+    if not panels:                                            # the log is gone
+        return
     figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
     for axis, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for key in keys:

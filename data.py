@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from checkpoint import whole_file
+from checkpoint import file_hash, whole_file
 from pictures import BuiltIn
 from runtime import log_stderr, progress
 
-VERSION = 1     # of the packing: a change to what is drawn or how it is resized must raise it
+VERSION = 2     # of the packing: a change to what is drawn or how it is resized must raise it
 CHUNK = 1024    # images packed between two entries of the journal
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 UNREAD = {".heic", ".heif", ".avif", ".jxl", ".jfif", ".jp2", ".tga", ".psd", ".svg", ".exr",      # pictures too, that
@@ -138,7 +138,8 @@ class LSUN:
 
     def items(self, start, size):
         """Another process reads: where a page is damaged, LMDB's library ends the process that it runs in."""
-        context = multiprocessing.get_context("spawn")
+        # Not spawned where that can be helped: it would run the user's script again, to wait for this very work.
+        context = multiprocessing.get_context("spawn" if os.name == "nt" else "fork")
         pipe, end = context.Pipe(duplex=False)
         reader = context.Process(target=_read_lmdb, args=(str(self.path), start, end), daemon=True)
         reader.start()
@@ -276,7 +277,7 @@ def _pack(source, folder, size, crop):
     labels = np.delete(np.array(source.labels, np.int32), [number for number, _, _ in skipped])
     np.save(folder / "labels.npy", labels)
     meta = dict(count=len(labels), size=size, crop=crop, classes=source.classes, skipped=[s[1:] for s in skipped],
-                fingerprint=source.fingerprint)
+                hash=file_hash(folder / "images.u8"))
     with whole_file(folder / "meta.json") as tmp:
         tmp.write_text(json.dumps(meta))
     journal.unlink()
@@ -340,7 +341,7 @@ class Images:
         self.labels = np.load(folder / "labels.npy")
         if self.labels.shape != shape[:1]:
             raise DataError(f"error: {folder}/labels.npy is damaged; delete the folder to have it packed again")
-        self.classes, self.folder, self.fingerprint = meta["classes"], folder, meta.get("fingerprint", "")
+        self.classes, self.folder, self.hash = meta["classes"], folder, meta["hash"]
         self.preparation = f"crop {meta['crop'] or 'square'}, PIL bicubic to {meta['size']}x{meta['size']}"
 
     def __len__(self):
@@ -355,9 +356,8 @@ class Images:
         self.labels, self.classes = number[self.labels], list(classes)
 
     def digest(self):
-        """Tells one data set from another: a hash of the source's fingerprint, all labels and a few hundred images."""
-        some = self.pixels[self._some()]
-        return hashlib.sha256(self.fingerprint.encode() + self.labels.tobytes() + some.tobytes()).hexdigest()[:16]
+        """Tells one data set from another: a hash of all its pixels and labels."""
+        return hashlib.sha256(self.hash.encode() + self.labels.tobytes()).hexdigest()[:16]
 
     def batch(self, step, size, seed, flip=True, share=(0, 1)):
         """Batch number `step`: images (size, 3, H, W) in [-1, 1], labels (size,); half of the images mirrored.
@@ -383,11 +383,8 @@ class Images:
 
     def grey(self):
         """Whether a few hundred of the images have no colour."""
-        some = self.pixels[self._some()]
+        some = self.pixels[np.linspace(0, len(self) - 1, 256).astype(int)]
         return bool((some == some[..., :1]).all())
-
-    def _some(self):
-        return np.linspace(0, len(self) - 1, 256).astype(int)
 
 def lightness(pixels):
     """(…, 3) uint8 to (…, 1) whole numbers, as PIL makes greyscale: ITU-R 601."""

@@ -9,7 +9,7 @@ Notation, the same in every file (the paper's, section 3):
     x, x1, x2    clean images: the data x; the model's x' = x̂(z_t); the target x''
     a, s         α_t and σ_t: z_t = α_t x + σ_t ε with α_t² + σ_t² = 1
     y            class indices (B,), or None; w is the guidance weight
-    d            t − t', for networks that are told the length of the step (beyond the paper: shortcut.py)
+    d            the length of a step, for networks that are told it (beyond the paper: shortcut.py)
 """
 
 import math
@@ -212,8 +212,8 @@ def start_noise(seed, indices, shape):
 def ddim_sample(xhat, z, steps, y=None, w=1.0):
     """Deterministic DDIM from noise z (B, C, H, W) in exactly `steps` network evaluations. Returns x (B, C, H, W).
 
-    The same z gives the same picture, and nearly the same one for other step counts. A network that is told the
-    length of its steps gets d = t − t'."""
+    The same z gives the same picture, in fewer steps a more blurred one. A network that is told the length of its steps
+    gets d = t − t'."""
     for t, t1 in pairwise(xhat.schedule.times(steps)):
         z = ddim_step(xhat.schedule, z, xhat(z, t, y, w, t - t1), t, t1)
     return z

@@ -9,7 +9,7 @@
     torchrun --nproc_per_node=8 distill.py --schedule dsdi     # eight GPUs
     python distill.py --resume --out out/dsdi                  # go on where a run stopped, in mid-trajectory
 
-A run leaves OUT/ckpt.pt (for sample.py, fid.py, and as --ckpt for another run), OUT/log.jsonl and
+A run leaves OUT/ckpt.pt (for sample.py, fid.py, and as --ckpt for another run), OUT/log.jsonl, OUT/curves.png and
 OUT/samples-NNNNNN.png: the model before and after, at 1, 2, 4, 8 and 64 steps, from the same noise. OUT/best.pt is the
 model of the update with the best fidelity, see hooks.py.
 """
@@ -38,19 +38,19 @@ from model import param_count
 from plans import METHODS, locate, plan, print_plan
 from rundir import check_out, prepare_out
 from runtime import describe_device, launch, pick_device, pick_dtype, ranks
-from shortcut import shortcut
+from shortcut import jump_rows, shortcut
 from source import opened, own_samples, reads_data, remember_before
 from trainer import Trainer, batches, final_rate, update_ema
 
 # ---- Algorithms 1 and 2 -----------------------------------------------------------------------------------
-def distillation_loss(xhat, z, t, t1, t2, y, w, second, first=None, target="ddim", weight="snr"):
+def distillation_loss(xhat, z, t, t1, t2, y, w, target_model, teacher=None, target="ddim", weight="snr"):
     """The body of Algorithms 1 and 2: pull x' = x̂_θ(z_t) to the x'' of one big step t -> t'' that lands where two
     small ones t -> t' -> t'' do.
 
     xhat    x̂_θ, the Denoiser in training;  z (B, C, H, W) noisy images z_t;  t, t1, t2 times, each (B,)
     y, w    class (B,) and guidance weight (B, 1, 1, 1), the same in all evaluations; None for models without classes
-    second  the Denoiser that takes the second step: x̂_θ itself (DSD), or a running average of it
-    first   one to take the first step as well: the teacher x̂_η of TSD and PD; None: x̂_θ does
+    target_model  the Denoiser that takes the second step: x̂_θ itself (DSD), a running average of it, or the teacher
+    teacher       x̂_η of TSD and PD, which takes the first step, too; None: x̂_θ does
     returns loss (scalar), and z_t'' (B, C, H, W), where a trajectory goes on: no gradient
 
         L = w(λ_t) ‖x' − x''‖²,   λ_t = log(α_t² / σ_t²)             ‖·‖² is the mean over pixels
@@ -58,8 +58,8 @@ def distillation_loss(xhat, z, t, t1, t2, y, w, second, first=None, target="ddim
     Algorithm 2 writes x' as the inverse of the first step, which is x̂_θ(z_t) itself."""
     x1 = xhat(z, t, y, w)                                     # x': the only evaluation with a gradient
     with torch.no_grad():
-        x = x1.detach() if first is None else first(z, t, y, w)
-    x2, z2 = ddim_target(second, z, x, t, t1, t2, target, y=y, w=w)       # x'' and z_t''
+        x = x1.detach() if teacher is None else teacher(z, t, y, w)
+    x2, z2 = ddim_target(target_model, z, x, t, t1, t2, target, y=y, w=w)       # x'' and z_t''
     weights = WEIGHTS[weight](xhat.schedule.log_snr(t))       # (B, 1, 1, 1)
     return (weights * (x1 - x2).square()).mean(), z2
 
@@ -73,26 +73,27 @@ def fine_tune(trainer, plan, stream=None):
     """Algorithm 2, fine-tuning DSD: a batch walks from noise to data, and the model learns from two steps at a time.
 
     With a teacher, renewed at each depth: TSD. With --target-ema an average of the weights takes the second step."""
-    a, net, classes = trainer.args, trainer.net, trainer.net.config.classes
-    xhat, schedule = trainer.denoiser(), trainer.schedule     # x̂_θ
-    teacher = trainer.second_net("teacher") if METHODS[a.schedule].teacher else None
-    average = trainer.average(a.target_ema) if a.target_ema else None
-    first = trainer.denoiser(teacher) if teacher else None    # x̂_η
-    second = first or (trainer.denoiser(average) if average else xhat)
+    args, net, classes = trainer.args, trainer.net, trainer.net.config.classes
+    xhat = trainer.denoiser()                                 # x̂_θ
+    frozen = trainer.second_net("teacher") if METHODS[args.schedule].teacher else None
+    average = trainer.average(args.target_ema) if args.target_ema else None
+    teacher = trainer.denoiser(frozen) if frozen else None    # x̂_η
+    target_model = teacher or (trainer.denoiser(average) if average else xhat)
     z, y, w = (trainer.carried.get(name) for name in ("z", "y", "w"))
     for step in trainer.steps():                              # logs, saves, resumes, stops
         N, u = locate(plan, step)                             # N_i, and which of its U_i updates this is
-        if teacher and u == 0:
-            update_ema(teacher, net, decay=0)                 # η ← θ
+        if frozen and u == 0:
+            update_ema(frozen, net, decay=0)                  # η ← θ
         i = N - 2 * u % N                                     # i = N_i, N_i − 2, … 2, and from N_i again
         if i == N:
             z = trainer.randn(*trainer.model_info["shape"])   # z_t ~ N(0, I): a fresh trajectory
             y, w = (trainer.randint(classes), guidance_weight(trainer)) if classes else (None, None)
-        t, t1, t2 = (torch.full((len(z),), t, device=z.device) for t in schedule.equal_times(N)[N - i:N - i + 3])
+        times = trainer.schedule.equal_times(N)[N - i:N - i + 3]
+        t, t1, t2 = (torch.full((len(z),), t, device=z.device) for t in times)
         z2 = []
         for part in trainer.parts(z, t, t1, t2, y, w):        # the whole batch, or --accumulate parts of it
             with trainer.autocast():
-                loss, arrived = distillation_loss(xhat, *part, second, first, a.target, a.weight)
+                loss, arrived = distillation_loss(xhat, *part, target_model, teacher, args.target, args.weight)
             trainer.backward(loss)                            # ∇_θ L
             z2.append(arrived)
         trainer.update()                                      # θ ← θ − γ ∇_θ L
@@ -103,30 +104,30 @@ def progressive(trainer, plan, stream):
     """Algorithm 1, progressive distillation: a student of N/2 steps learns from its teacher's N on noised data.
 
     stream  yields data (x, y) on the device: this rank's rows of each batch"""
-    a, classes, schedule = trainer.args, trainer.net.config.classes, trainer.schedule
-    xhat, teacher = trainer.denoiser(), trainer.second_net("teacher")     # x̂_θ, x̂_η
-    first = trainer.denoiser(teacher)
+    args, classes, schedule = trainer.args, trainer.net.config.classes, trainer.schedule
+    frozen = trainer.second_net("teacher")
+    xhat, teacher = trainer.denoiser(), trainer.denoiser(frozen)          # x̂_θ, x̂_η
     times = {N: torch.tensor(schedule.equal_times(N), device=trainer.device) for N, _ in plan}
     for step in trainer.steps():
         N, u = locate(plan, step)                             # twice the paper's N: the teacher's steps
         if u == 0:
-            update_ema(teacher, trainer.net, decay=0)         # η ← θ: the student becomes the next teacher
+            update_ema(frozen, trainer.net, decay=0)          # η ← θ: the student becomes the next teacher
         x, y = next(stream)                                   # x ~ D
         i = 2 * trainer.randint(N // 2)                       # t = 1 − i/N: on the student's grid
         t, t1, t2 = (times[N][i + k] for k in range(3))
-        alpha, sigma = schedule(t)
-        z = alpha * x + sigma * trainer.randn(*x.shape[1:])   # z_t = α_t x + σ_t ε
+        a, s = schedule(t)
+        z = a * x + s * trainer.randn(*x.shape[1:])   # z_t = α_t x + σ_t ε
         y, w = (y, guidance_weight(trainer)) if classes else (None, None)
         for part in trainer.parts(z, t, t1, t2, y, w):
             with trainer.autocast():
-                loss, _ = distillation_loss(xhat, *part, first, first, a.target, a.weight)
+                loss, _ = distillation_loss(xhat, *part, teacher, teacher, args.target, args.weight)
             trainer.backward(loss)
         trainer.update()                                      # θ ← θ − γ ∇_θ L
 
 def fine_tune_shortcut(trainer, plan, stream):
     """Beyond the paper (shortcut.py): jumps of every length at once, anchored by the undistilled model."""
-    a = trainer.args
-    shortcut(trainer, stream, a.share, trainer.second_net("anchor"), a.guidance[0])
+    args = trainer.args
+    shortcut(trainer, stream, args.share, trainer.second_net("anchor"), args.guidance[0])
 
 def loop_of(schedule):
     """The loop of a method: loop(trainer, plan, stream)."""
@@ -218,7 +219,8 @@ def check(p, args):
          f"--target-ema is for the methods without a teacher; in {args.schedule} the teacher makes the target"),
         (args.data and not (method.data or method.shortcut or args.fid_every),
          f"{args.schedule} reads no data; --data is for pd, shortcut and --fid-every"),
-        (method.shortcut and not args.share, "--share 0: no row would learn to jump"),
+        (method.shortcut and not jump_rows(args.batch, args.share).any(),
+         f"--share {args.share:g} of --batch {args.batch}: no row would learn to jump"),
         (method.shortcut and args.guidance[0] != args.guidance[1],
          "--guidance: shortcut bakes one weight into the model: give it twice"),
         (not 0 <= args.guidance[0] <= args.guidance[1], "--guidance LOW HIGH: two weights, the lower one first"),

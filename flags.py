@@ -57,21 +57,27 @@ def optimiser_flags(g):
 
 def score_flags(g):
     """Scores while a run goes on, as fid.py gives them."""
-    g.add_argument("--fid-every", type=at_least(0), default=0, metavar="N", help="updates between two; 0: no scores")
-    g.add_argument("--fid-samples", type=at_least(2), default=10_000, metavar="M", help="images for each")
+    g.add_argument("--fid-every", type=at_least(0), default=0, metavar="N",
+                   help="updates between two, at --sample-steps, or in distill.py at 1, 2, 4 and 8, without further "
+                        "guidance; 0: no scores (default: 0)")
+    g.add_argument("--fid-samples", type=at_least(2), default=10_000, metavar="M",
+                   help="images for each (default: 10000)")
     g.add_argument("--weights", metavar="FILE", help="Inception weights, or random, as in fid.py")
 
 def run_flags(g):
     """What most runs leave as it is."""
-    g.add_argument("--log-every", type=at_least(1), metavar="N", help="updates between two lines of the log")
+    g.add_argument("--log-every", type=at_least(1), metavar="N",
+                   help="updates between two lines of the log (default: %(default)s)")
     g.add_argument("--sample-every", type=at_least(0), metavar="N",
-                   help="updates between two pictures; 0: none, or in distill.py only the last")
-    g.add_argument("--save-every", type=at_least(1), metavar="N", help="updates between two checkpoints")
+                   help="updates between two pictures; 0: none, or in distill.py only the last (default: %(default)s)")
+    g.add_argument("--save-every", type=at_least(1), metavar="N",
+                   help="updates between two checkpoints (default: %(default)s)")
     g.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
                    help="write OUT's log and pictures for TensorBoard too, which is a package of its own")
     g.add_argument("--lr-end", type=positive,
                    help="where the rate falls to, along a cosine (default: in distill.py to a tenth, of shortcut to a "
-                        "fiftieth; in train.py with --shortcut to a hundredth, on the toy lower still; else it stays)")
+                        "fiftieth; in train.py with --shortcut to a hundredth, else on the toy to a 200th, else it "
+                        "stays)")
     g.add_argument("--warmup", type=at_least(0), help="updates over which it rises from 0 (default: %(default)s)")
     g.add_argument("--betas", type=fraction, nargs=2, default=[0.9, 0.999], help="of Adam (default: %(default)s)")
     g.add_argument("--clip", type=positive, default=1.0, help="largest norm of the gradient (default: 1)")
@@ -95,6 +101,8 @@ def parse_with_saved(p, argv, defaults, fixed):
     if given.resume and (out / "log.jsonl").exists() and not (out / "ckpt.pt").exists():
         sys.exit(f"error: the run in {out} ended before its first checkpoint: start it again, without --resume")
     saved = load_checkpoint(out / "ckpt.pt")["args"] if given.resume else {}
+    if saved and hasattr(given, "schedule") != ("schedule" in saved):
+        sys.exit(f"error: the run in {out} is one of {'distill' if 'schedule' in saved else 'train'}.py")
     if saved:                                                 # a flag that is newer than the run: as if not given
         settings = saved | dict(out=settings["out"])
     p.set_defaults(**settings)
@@ -107,7 +115,8 @@ def parse_with_saved(p, argv, defaults, fixed):
     if wrong := sorted(changed & fixed(args)):
         p.error(f"--resume can't change {', '.join('--' + name.replace('_', '-') for name in wrong)}: what the run has "
                 f"done until now depends on it")
-    if changed - ({"updates"} if stays else set()):
+    changed -= {"updates"} if stays else set()
+    if changed := changed - {"cache", "dry_run", "sample_every", "save_every", "tensorboard"}:
         print(f"resuming with another {', '.join(sorted(changed))}: "
               f"no longer the same as a run that was never interrupted")
     return args

@@ -5,7 +5,6 @@
 """
 
 import math
-import sys
 
 import torch
 
@@ -95,9 +94,9 @@ class Guard:
         self._keep_best(trainer, seen)
         if self.ends and (lost := self.outside(seen)):
             best = trainer.model_info["best"]["step"]
-            sys.exit(f"error: at update {trainer.step} few-step samples are lost: {lost}. {trainer.out}/best.pt has "
-                     f"the best until now, of update {best}. Try a third of --lr, fewer --updates, or --schedule "
-                     f"shortcut (--no-guard lets a run go on)")
+            trainer.lost = (f"at update {trainer.step} few-step samples are lost: {lost}. {trainer.out}/best.pt has "
+                            f"the best until now, of update {best}. Try a third of --lr, fewer --updates, or "
+                            f"--schedule shortcut (--no-guard lets a run go on)")
         if last and (near := self.outside(seen, NEAR)):
             log_stderr(f"\nnear the edge of what is sane: {near}. Look at the pictures, and at {trainer.out}/best.pt")
         return seen

@@ -6,6 +6,9 @@
 
 import math
 from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
 
 from trainer import learning_rate
 
@@ -44,20 +47,18 @@ def plan(schedule, steps, updates):
     schedule  a name in METHODS;  steps  the start depth N, even;  updates  P, at least one for each depth
     A trajectory of N_i steps makes N_i / 2 updates; the last one of a depth is cut short where its budget ends.
     Raises ValueError for a plan that can't be made."""
-    if METHODS[schedule].shortcut and steps < 2:
-        raise ValueError(f"--steps {steps}: own samples of one step are not worth learning from")
-    if steps < 2 or (steps % 2 and not METHODS[schedule].shortcut):
-        raise ValueError(f"--steps {steps}: the start depth must be even and at least 2, as steps are taken in pairs")
-    depths = METHODS[schedule].depths(steps)
+    method = METHODS[schedule]
+    if steps < 2 or (steps % 2 and not method.shortcut):
+        raise ValueError(f"--steps {steps}: " + (
+            "own samples of one step are not worth learning from" if method.shortcut else
+            "the start depth must be even and at least 2, as steps are taken in pairs"))
+    depths = method.depths(steps)
     if updates < len(depths):
         raise ValueError(f"--updates {updates}: {schedule} from {steps} steps has {len(depths)} depths, "
                          f"and each needs at least one update")
-    shares = [METHODS[schedule].share(depth) for depth in depths]
-    spare, ends, total = updates - len(depths), [0], 0.0       # one update each; the rest in proportion
-    for i, share in enumerate(shares, 1):
-        total += share
-        ends.append(i + round(spare * total / sum(shares)))
-    return [(depth, ends[i + 1] - ends[i]) for i, depth in enumerate(depths)]
+    part = np.cumsum([0, *map(method.share, depths)])          # one update each; the rest in proportion
+    ends = np.arange(len(part)) + np.rint((updates - len(depths)) * part / part[-1])
+    return [(depth, int(n)) for depth, n in zip(depths, np.diff(ends), strict=True)]
 
 def locate(plan, step):
     """Where update number `step` falls: (depth N_i, which update of that depth)."""
@@ -73,11 +74,10 @@ def late(depth, updates):
 
 def shares(args):
     """[(N_i, updates, share of the updates, share weighted by their learning rates)] of a plan (Figure 4)."""
-    rows, step, rates = plan(args.schedule, args.steps, args.updates), 0, []
-    for _, updates in rows:
-        rates.append(sum(learning_rate(args, i) for i in range(step, step + updates)))
-        step += updates
-    return [(depth, n, n / args.updates, rate / sum(rates)) for (depth, n), rate in zip(rows, rates, strict=True)]
+    rows = plan(args.schedule, args.steps, args.updates)
+    rates = (learning_rate(args, i) for i in range(args.updates))
+    by_rate = [sum(islice(rates, n)) for _, n in rows]
+    return [(depth, n, n / args.updates, rate / sum(by_rate)) for (depth, n), rate in zip(rows, by_rate, strict=True)]
 
 def print_plan(args):
     """Print the plan as a table: Figure 4 in numbers."""

@@ -82,8 +82,8 @@ def check_out(args, more="--updates N asks for more"):
             import torch.utils.tensorboard  # noqa: F401
         except ImportError:
             sys.exit("error: --tensorboard needs the package tensorboard: pip install tensorboard")
-    place = next(p for p in out.absolute().parents if p.exists())      # OUT itself is made after all checks
-    if not out.exists() and not (place.is_dir() and os.access(place, os.W_OK)):
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())    # OUT is made after all checks
+    if not (place.is_dir() and os.access(place, os.W_OK)):
         sys.exit(f"error: can't write into {place}; choose another --out")
     with claimed(out) if out.exists() and not rank() else contextlib.nullcontext():
         if args.resume:
@@ -95,9 +95,11 @@ def check_out(args, more="--updates N asks for more"):
     return state
 
 def refuse_another_run(args, out):
-    """Exit if a run is in the way of a new one."""
-    if not args.overwrite and (out / "ckpt.pt").exists():
-        sys.exit(f"error: {out} holds a run already: --resume goes on, --overwrite deletes it, --out takes another")
+    """Exit if a run is in the way of a new one: also one that the guard ended, of which only the best model is left."""
+    goes_on, best = (out / "ckpt.pt").exists(), (out / "best.pt").exists()
+    if not args.overwrite and (goes_on or best):
+        sys.exit(f"error: {out} holds a run already: {'--resume goes on, ' * goes_on}--overwrite deletes it, "
+                 f"--out takes another")
 
 def prepare_out(args, state):
     """Make OUT ready for the first update: an old run goes, after all checks, lest a typing error delete it.

@@ -188,6 +188,9 @@ def launch(main):
         if ranks() == 1:
             sys.exit(code)
     except RuntimeError as e:
+        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+            sys.exit("error: out of memory; a smaller --batch needs less, and so do --accumulate K and --checkpointing "
+                     "in training")
         if type(e).__module__.startswith(("torch._inductor", "torch._dynamo")):
             sys.exit(f"error: --compile does not work here ({' '.join(str(e).split())[:200]}); leave it out")
         lost = isinstance(e, dist.DistError) or any(sign in str(e) for sign in ("onnection", "imed out"))

@@ -7,8 +7,8 @@
     torchrun --nproc_per_node=8 train.py --distill 0.15 --data celeba.zip --preset celeba64    # eight GPUs
 
 A run leaves OUT/ckpt.pt (weights, their average, optimiser, random state, settings), OUT/log.jsonl (a
-line every --log-every updates) and OUT/samples-NNNNNN.png (from the averaged weights, always with the
-same noise, to be flipped through). Ctrl-C saves and ends; --resume goes on bit for bit.
+line every --log-every updates), OUT/curves.png, and OUT/samples-NNNNNN.png (from the averaged weights, always
+with the same noise, to be flipped through). Ctrl-C saves and ends; --resume goes on bit for bit.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from flags import (
 from model import CONFIGS, UNet, UNetConfig, param_count
 from rundir import check_out, prepare_out
 from runtime import describe_device, launch, memory_format, pick_device, pick_dtype, rank
-from shortcut import train_shortcut
+from shortcut import jump_rows, train_shortcut
 from trainer import Trainer, batches, data_of_run
 
 # A preset only changes the defaults of flags. Updates, learning rate and size of the three LSUN and CelebA
@@ -147,7 +147,8 @@ def parse_args(argv=None):
     g.add_argument("--times", choices=["uniform", "middle"], default="uniform",
                    help="how t is drawn: uniformly, as in the paper, or mostly from the middle, where it is decided "
                         "what a picture shows (logit-normal, Esser et al. 2024) (default: %(default)s)")
-    g.add_argument("--sample-steps", type=at_least(1), metavar="S", help="DDIM steps of the pictures")
+    g.add_argument("--sample-steps", type=at_least(1), metavar="S",
+                   help="DDIM steps of the pictures (default: %(default)s)")
     run_flags(g)
     def defaults(given):                                      # jumps want a falling rate, at every step count
         return dict(out="out/train") | PRESETS[given.preset] | (dict(lr_share=0.01) if given.shortcut else {})
@@ -157,6 +158,8 @@ def parse_args(argv=None):
         p.error("--distill must be between 0 and 1: it is b in Equation 1")
     if args.shortcut and not 0 < args.distill < 0.5:
         p.error("--shortcut needs a share of the rows that jump, below a half: --distill 0.25")
+    if args.shortcut and not jump_rows(args.batch, 2 * args.distill).any():
+        p.error(f"--distill {args.distill:g} of --batch {args.batch}: no row would learn to jump")
     if args.guidance != 1 and not (args.shortcut and args.classes):
         p.error("--guidance is for --shortcut with --classes; other models are guided by sample.py")
     if args.preset != "toy" and args.data is None:

@@ -9,7 +9,7 @@
             trainer.backward(loss)
         trainer.update()                         # clipping, Adam, running average
 
-The loops themselves stand in train.py and distill.py.
+The loops themselves stand in train.py, distill.py and shortcut.py.
 """
 
 import contextlib
@@ -53,7 +53,8 @@ class Trainer:
     model_info   what a checkpoint says of the model: schedule, predicts, shape, classes …, as sample.py needs them
     ema_warmup   the network starts from random weights, which its average must be quick to forget
     hooks        pairs (N, hook): hook(trainer) is called every N updates and after the last; returns dicts to log
-    watch        None, or called before each line of the log: watch(trainer) returns more to log, or ends the run
+    watch        None, or called before each line of the log: watch(trainer) returns more to log
+    lost         what `watch` says of a run that must not go on, in words: it ends after that line
     extra_state  further networks that a resumed run needs, by name: see `second_net`
     carried      tensors with a row for each image that the loop carries from one update to the next, by name"""
 
@@ -70,7 +71,7 @@ class Trainer:
         self.step, self.hooks, self.watch = 0, hooks, None
         self.extra_state, self.averages, self.carried, self.resumed = {}, {}, {}, None
         self.compiled, self.values, self.pending, self.interruptible = {}, [], [], False
-        self.told = False
+        self.told, self.lost = False, ""
         self.random = torch.Generator(device).manual_seed(args.seed)     # alike on all ranks, see `rand`
         torch.manual_seed(args.seed + rank())                            # for dropout, the only other user of chance
         self.chance = torch.cuda if device.type == "cuda" else torch
@@ -192,6 +193,8 @@ class Trainer:
                     if self.watch:
                         entry |= self.watch(self)
                     log.write(entry)
+                    if self.lost:
+                        sys.exit(f"error: {self.lost}")
                     shown = {k: f"{means[k]:.3g}" for k in means if k != "grad_norm"}
                     bar.set_postfix(shown | {"img/s": speed})
                     self._tell_long(speed)
@@ -360,7 +363,8 @@ def catch_signals(trainer):
         if (stopped or trainer.interruptible) and ranks() == 1:
             raise KeyboardInterrupt
         stopped.append(number)
-        print("\nstopping after this update; Ctrl-C again: at once", file=sys.stderr)
+        log_stderr("\nstopping " + ("after this update; Ctrl-C again: at once" if ranks() == 1 else
+                                    "at the next line of the log"))
     old = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stopped

@@ -348,7 +348,7 @@ def test_packed_images_stay_on_disk(cache):
     n, size = 20_000, 32
     (folder / "images.u8").write_bytes(np.random.default_rng(0).bytes(n * size * size * 3))
     np.save(folder / "labels.npy", np.zeros(n, np.int32))
-    (folder / "meta.json").write_text(json.dumps(dict(count=n, size=size, crop=None, classes=[])))
+    (folder / "meta.json").write_text(json.dumps(dict(count=n, size=size, crop=None, classes=[], hash="")))
     before = resident()
     images = data.Images(folder)
     images.batch(0, 64, seed=0)

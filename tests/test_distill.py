@@ -124,8 +124,8 @@ def test_one_update_is_algorithm_2(target, weight, frozen, i):
     want = torch.autograd.grad(want, list(net.parameters())), want
     xhat, teacher = Denoiser(net, Cosine(), "v"), Denoiser(other, Cosine(), "v")
     times = [torch.full((4,), v, dtype=torch.float64) for v in (t, t1, t2)]
-    second, first = (teacher, teacher) if frozen else (xhat, None)
-    loss, z2 = distill.distillation_loss(xhat, z, *times, None, None, second, first, target, weight)
+    models = (teacher, teacher) if frozen else (xhat, None)
+    loss, z2 = distill.distillation_loss(xhat, z, *times, None, None, *models, target, weight)
     assert_close(loss, want[1])
     assert_close(z2, z_want)
     assert_close(torch.autograd.grad(loss, list(net.parameters())), want[0])
@@ -136,9 +136,9 @@ def test_only_x_prime_has_a_gradient():
     hat = lambda n: Denoiser(n, Cosine(), "v")  # noqa: E731
     z = torch.randn(4, *SHAPE, dtype=torch.float64)
     times = [torch.full((4,), v, dtype=torch.float64) for v in (0.5, 0.4, 0.3)]
-    for second, first in ((hat(net), None), (hat(average), None), (hat(teacher), hat(teacher))):
+    for models in ((hat(net), None), (hat(average), None), (hat(teacher), hat(teacher))):
         net.zero_grad()
-        loss, z2 = distill.distillation_loss(hat(net), z, *times, None, None, second, first)
+        loss, z2 = distill.distillation_loss(hat(net), z, *times, None, None, *models)
         assert not z2.requires_grad
         loss.backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
@@ -416,6 +416,11 @@ def test_a_run_that_is_lost_ends_with_its_best_model_in_place(ckpt, tmp_path):
         distill.main(lost)
     best, log = load_checkpoint(tmp_path / "out" / "best.pt"), log_of(tmp_path / "out")
     assert all(torch.isfinite(v).all() for v in best["weights"].values()) and log[-1]["step"] < 40
+    assert min(v for k, v in log[-1].items() if k.startswith("fidelity")) < 0.5 or log[-1]["contrast_8"] > 1.2
+    (tmp_path / "out" / "ckpt.pt").unlink(missing_ok=True)    # as of a run that ended before its first one
+    with pytest.raises(SystemExit, match="holds a run already: --overwrite deletes it"):
+        distill.main(lost)
+    assert load_checkpoint(tmp_path / "out" / "best.pt")["step"] == best["step"]
     distill.main([*lost, "--no-guard", "--overwrite"])
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 40
 
@@ -472,6 +477,7 @@ def test_what_cant_work_is_refused(ckpt, tmp_path, capsys):
                       (["--stagger"], "unrecognized"), (["--for-steps", "3"], "invalid choice"),
                       (["--weight", "logsnr"], "invalid choice"),
                       (["--schedule", "shortcut", "--share", "0"], "no row"),
+                      (["--schedule", "shortcut", "--share", "0.1", "--batch", "8"], "of --batch 8: no row"),
                       (["--schedule", "shortcut", "--steps", "1"], "own samples of one step"),
                       (["--guidance", "3", "1"], "lower one first"), (["--out", str(ckpt.parent)], "folder of --ckpt")):
         with pytest.raises(SystemExit):

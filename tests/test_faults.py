@@ -226,6 +226,9 @@ def test_one_image_of_many_that_changed_is_noticed_and_another_place_is_no_chang
     before = digest("d")
     (tmp_path / "d").rename(tmp_path / "e")
     assert digest("e") == before
+    for file in (tmp_path / "e").rglob("*.png"):
+        file.write_bytes(file.read_bytes())                   # a copy: newer, and the same
+    assert digest("e") == before
     digests = {before}
     for file in sorted((tmp_path / "e").rglob("*.png"))[1:4]:     # of the pixels a digest sees every second or third
         Image.new("RGB", (8, 8), "red").save(file)
@@ -302,6 +305,13 @@ def test_a_damaged_lmdb_is_one_line(tmp_path, damage, message):
     output = child.communicate(timeout=120)[0]
     assert child.returncode == 1 and "Traceback" not in output
     assert re.search(rf"error: {re.escape(str(tmp_path))}.* {message}", output), output
+
+def test_an_lmdb_is_packed_by_a_script_without_a_guard(tmp_path):
+    """Which another process would run once more, and wait for itself."""
+    (tmp_path / "x.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); from data import load_data; "
+                                   f"print(len(load_data({str(an_lmdb(tmp_path, 5).parent)!r}, 8)))")
+    child = start(tmp_path / "x.py", env=dict(os.environ, DSD_CACHE=str(tmp_path / "c")))
+    assert child.communicate(timeout=60)[0].splitlines()[-1] == "5"
 
 @pytest.mark.parametrize("encoding", ["ascii:strict", "cp1252:strict", "utf-8:strict"])
 def test_names_that_cant_be_printed(tmp_path, encoding, monkeypatch):

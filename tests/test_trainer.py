@@ -13,6 +13,7 @@ from conftest import SMALL_RUN, log_of, same, start
 from PIL import Image
 from torch.testing import assert_close
 
+import distill
 import train
 import trainer
 from checkpoint import load_checkpoint, save_checkpoint
@@ -93,8 +94,8 @@ def test_the_rate_warms_up_and_falls_along_half_a_cosine():
     args = types.SimpleNamespace(updates=30, lr=1.0, lr_end=0.1, lr_share=1.0, warmup=4)
     rates = [trainer.learning_rate(args, i) for i in range(30)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1] and rates[4] == pytest.approx(1) and rates[-1] == pytest.approx(0.1)
-    middle = 4 + 12.5                                         # half way from the warm-up's end to the last update
-    assert (rates[16] + rates[17]) / 2 == pytest.approx(0.55, abs=1e-3) and middle == 16.5
+    # 4 + 12.5: half way from the warm-up's end to the last update
+    assert (rates[16] + rates[17]) / 2 == pytest.approx(0.55, abs=1e-3)
     assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
     args.lr_end = None
     assert trainer.learning_rate(args, 29) == 1
@@ -192,6 +193,20 @@ def test_more_updates_are_told_where_the_rate_falls(small_run, tmp_path, capsys)
         train.main([*small_run, "--updates", "2", "--lr", "2e-3", "--lr-end", lr_end, "--overwrite"])
         train.main(["--resume", "--out", str(tmp_path / "out"), "--updates", "3"])
         assert ("resuming with another updates" in capsys.readouterr().out) == told
+
+def test_what_changes_no_weight_is_not_told(small_run, tmp_path, capsys):
+    train.main([*small_run, "--updates", "2", "--lr-end", "2e-3", "--lr", "2e-3"])
+    train.main(["--resume", "--out", str(tmp_path / "out"), "--updates", "3", "--save-every", "1"])
+    assert "resuming with another" not in capsys.readouterr().out
+
+def test_a_run_goes_on_with_its_own_script(small_run, tmp_path):
+    train.main([*small_run, "--updates", "2"])
+    with pytest.raises(SystemExit, match="is one of train.py"):
+        distill.main(["--resume", "--out", str(tmp_path / "out")])
+    distill.main(["--ckpt", str(tmp_path / "out"), "--out", str(tmp_path / "d"), "--steps", "4", "--updates", "2",
+                  "--batch", "4", "--no-guard", "--device", "cpu"])
+    with pytest.raises(SystemExit, match="is one of distill.py"):
+        train.main(["--resume", "--out", str(tmp_path / "d")])
 
 @pytest.mark.parametrize("change", [["--updates", "4"], ["--ema", "0.5"], ["--target-ema", "0.5"]])
 def test_what_jumps_depend_on_does_not_change_on_the_way(change, small_run, tmp_path, capsys):
