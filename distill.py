@@ -116,7 +116,7 @@ def progressive(trainer, plan, stream):
         i = 2 * trainer.randint(N // 2)                       # t = 1 − i/N: on the student's grid
         t, t1, t2 = (times[N][i + k] for k in range(3))
         a, s = schedule(t)
-        z = a * x + s * trainer.randn(*x.shape[1:])   # z_t = α_t x + σ_t ε
+        z = a * x + s * trainer.randn(*x.shape[1:])           # z_t = α_t x + σ_t ε
         y, w = (y, guidance_weight(trainer)) if classes else (None, None)
         for part in trainer.parts(z, t, t1, t2, y, w):
             with trainer.autocast():
