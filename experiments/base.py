@@ -1,6 +1,6 @@
 """The search behind the toy preset: settings of train.py at equal CPU time, by score, and by loss on unseen pictures.
 
-    OMP_NUM_THREADS=1 python experiments/base.py      # writes docs/base.md; a quarter of an hour
+    OMP_NUM_THREADS=1 python experiments/base.py      # writes out/base/base.md; a quarter of an hour
 
 CPU seconds of a process with one thread hardly depend on what else the machine does, unlike the time on the wall. Each
 setting first shows what an update costs, then makes as many as --updates of the preset cost.
@@ -14,7 +14,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from common import ROOT, QuickScore, heading, pairs, row, write
+from common import QuickScore, heading, pairs, row, write
 
 import train
 from checkpoint import load_model
@@ -63,7 +63,8 @@ def main(argv=None):
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
     p.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], metavar="SETTING")
     p.add_argument("--out", default="out/base", metavar="DIR", help="of the runs (default: %(default)s)")
-    p.add_argument("--docs", default=str(ROOT / "docs"), metavar="DIR", help="of the table (default: docs)")
+    p.add_argument("--docs", default="out/base", metavar="DIR",
+                   help="of the table (default: out/base; that of the docs is in docs)")
     args = p.parse_args(argv)
     base, out = ["--distill", "0.15", "--sample-every", "0"], Path(args.out)
     one, quick, rows = cost(base, out / "cost"), QuickScore(None, 16), []
@@ -76,11 +77,11 @@ def main(argv=None):
             train.main([*flags, "--updates", str(updates), "--seed", str(seed), "--out", str(here), "--overwrite"])
             losses.append(loss_on_unseen(load_model(here / "ckpt.pt")[0]))
             scores.append(quick.of_file(here / "ckpt.pt", STEPS))
-        rows.append(row(name, [f"`{' '.join(SETTINGS[name])}`", f"{updates}", *pairs(scores),
+        rows.append(row(name, [f"`{' '.join(SETTINGS[name])}`" if SETTINGS[name] else "", f"{updates}", *pairs(scores),
                                f"{sum(losses) / len(losses):.4f}"]))
         write(Path(args.docs, "base.md"), "\n".join([
-            f"The toy at the CPU time of {args.updates} updates of `python train.py --distill 0.15`, seeds "
-            f"{', '.join(map(str, args.seeds))} (`python experiments/base.py`).",
+            f"The toy at the CPU time of {args.updates} updates of `python train.py --distill 0.15`, "
+            f"seed{'s' * (len(args.seeds) > 1)} {', '.join(map(str, args.seeds))} (`python experiments/base.py`).",
             f"Quick score of 512 samples in N steps, and contrast (of the data: {quick.contrast:.3f}); loss of v̂ on "
             "1,000 unseen pictures, t uniform.", "", heading("setting", "flags", "updates", *STEPS, "loss"), *rows]))
 

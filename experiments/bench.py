@@ -59,7 +59,7 @@ METHODS = {
     "dsdi --target-ema D": (dict(schedule="dsdi", target_ema=0.9), 2, "average"),
     "tsd": (dict(schedule="tsd"), 3, "teacher"),
     "pd": (dict(schedule="pd"), 3, "teacher"),
-    "shortcut": (dict(schedule="shortcut", target_ema=0.98), 2.5, "anchor"),
+    "shortcut": (dict(schedule="shortcut", target_ema=0.95, guidance=[2.0, 2.0]), 2.5, "anchor, average"),
 }
 
 # ---- measuring ----------------------------------------------------------------------------------------

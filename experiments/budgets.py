@@ -69,12 +69,12 @@ def main(argv=None):
         out = Path(args.out) / file_hash(ckpt, 8) / f"{method}-{budget:g}-{lr:g}-{seed}"
         flags, count = flags_of(method, budget, lr, seed, ckpt, args.data)
         to_the_end(distill.main, out, flags)
-        scores = score.of_file(out / "ckpt.pt")
+        scores = score.of_file(out / "ckpt.pt", STEPS)
         found.append(dict(method=method, budget=budget, lr=lr, seed=seed, evaluations=count, scores=scores,
                           seconds=round(seconds(out, BATCH))))
         return found[-1]
 
-    lines.append(row("undistilled", pairs([score.of_file(Path(ckpt))]), "", "", ""))
+    lines.append(row("undistilled", pairs([score.of_file(Path(ckpt), STEPS)]), "", "", ""))
     for budget in args.budgets:
         for method in args.methods:
             tried = [run(method, budget, lr, args.seeds[0]) for lr in RATES[budget][method]]

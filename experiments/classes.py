@@ -112,7 +112,8 @@ def page(table):
     def wrong(name, steps):
         return [100 - run["scores"]["1"][STEPS.index(steps)][0] for run in found.get(name, [])]
     return "\n".join([*lines, *claims_table(CLAIMS, STEPS, table.figures, wrong,
-                                            ", by the share that the classifier takes for another class")])
+                                            ", by the share that the classifier takes for another class, sampled "
+                                            "without guidance (shortcut-w2 has its own built in)")])
 
 def main(argv=None):
     args = Experiment.flags("classes", __doc__, samples=500).parse_args(argv)

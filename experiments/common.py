@@ -458,6 +458,14 @@ def rates_of(runs):
     """The cell of the rates that the seeds of a row had: one, unless several sittings chose differently."""
     return ", ".join(dict.fromkeys(f"{lr:g}" for run in runs for lr in ([run["lr"]] if "lr" in run else [])))
 
+def pyplot():
+    """matplotlib's, for a script's pictures. Exits if it is missing: nothing else here needs it."""
+    try:
+        import matplotlib.pyplot
+    except ImportError:
+        sys.exit("error: the picture needs the package matplotlib: pip install matplotlib")
+    return matplotlib.pyplot
+
 def plain_numbers(axis):
     """Have a logarithmic axis of matplotlib say 0.5, not 5 x 10^-1."""
     axis.set_major_formatter("{x:g}")
@@ -465,7 +473,8 @@ def plain_numbers(axis):
 
 def write(path, text):
     """Write a page of Markdown, its paragraphs in lines of 120 characters, and print it."""
-    text = "\n".join(line if line.startswith("|") else textwrap.fill(line, 120) for line in text.splitlines())
+    text = "\n".join(line if line.startswith("|") else textwrap.fill(line, 120, break_on_hyphens=False)
+                     for line in text.splitlines())
     with whole_file(path) as tmp:
         tmp.write_text(text + "\n")
     print(f"{text}\nwrote {path}")

@@ -1,6 +1,6 @@
 """Figure 3: does self-distillation help while a model is trained? Scores along the run, and at its end in all steps.
 
-    python experiments/figure3.py                                  # built-in pictures; 3 hours on an old core
+    python experiments/figure3.py                                  # built-in pictures; 6 hours on an old core
     python experiments/figure3.py --data celeba-10k.zip            # faces of 16x16, for the same page; as long
     python experiments/figure3.py --data celeba-10k.zip --size 32  # of 32x32: four times as long
     python experiments/figure3.py --seeds 1                        # elsewhere: of one seed
@@ -14,7 +14,6 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 from common import (
     ROOT,
     STEPS,
@@ -26,6 +25,7 @@ from common import (
     heading,
     pairs,
     plain_numbers,
+    pyplot,
     row,
     seconds,
     seconds_per_evaluation,
@@ -44,6 +44,7 @@ from hooks import sampler_of
 from rundir import read_log
 from runtime import pick_device
 
+plt = pyplot()
 SCORED, POINTS = (4, 64), 4                                   # steps, and how often along a run
 FACES = ["--crop", "0.787", "--ema", "0.998"]
 SETS = {                                                      # flags of training, and the updates that `share` is of
@@ -62,7 +63,7 @@ KINDS = {
 # Fine-tuning takes the time of 1,233 updates of plain training, its own samples included: 118,400 evaluations, of which
 # a backward pass makes two. So the second of these takes as long as one of the trainings.
 AFTER = {"plain, then shortcut": 1.2, "both in the time of one": 0.58}          # the share of the plain training
-TUNED = ["--schedule", "shortcut"]
+TUNED = ["--schedule", "shortcut", "--no-guard"]
 NAMES = [*KINDS, *AFTER]
 
 # The claim, and two rows of which the first should have the lower score.

@@ -1,24 +1,24 @@
 """Figure 4: the share of the updates that each depth gets, plain and weighted by the learning rate.
 
-    python experiments/figure4.py                    # the paper's P = 4,000 from 64 steps; writes docs/figure4.png
+    python experiments/figure4.py                    # the paper's P = 4,000 from 64 steps; writes out/figure4.png
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+from common import pyplot
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 import distill
 from plans import METHODS, halves, shares
+
+plt = pyplot()
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--updates", type=int, default=4000, metavar="P", help="updates in all (default: 4000)")
     p.add_argument("--steps", type=int, default=64, metavar="N", help="start depth (default: 64)")
-    p.add_argument("--out", default=str(ROOT / "docs" / "figure4.png"), metavar="PNG", help="the picture")
+    p.add_argument("--out", default="out/figure4.png", metavar="PNG",
+                   help="the picture (default: %(default)s; that of the docs is docs/figure4.png)")
     given = p.parse_args(argv)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for i, name in enumerate(name for name, method in METHODS.items() if not method.shortcut):
@@ -34,6 +34,7 @@ def main(argv=None):
         axis.minorticks_off()
         axis.invert_xaxis()
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))      # beside the curves, not on them
+    Path(given.out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(given.out, dpi=120, bbox_inches="tight")
     print(f"wrote {given.out}")
 

@@ -94,13 +94,15 @@ def training(run):
     """A piece that is one of RUNS, from its start, or from where it was stopped."""
     def piece(args):
         updates = args.found["runs/pace"]["rows"][0]["updates"]
-        flags = train.PRESETS["celeba64"] | dict(
+        paper = train.PRESETS["celeba64"]                     # as flags, since --preset wants --data
+        flags = {"times": "uniform", "lr_end": paper["lr"] * (0.01 if run == "shortcut" else 1)} | paper | dict(
             updates=updates, warmup=min(1000, updates // 10), sample_every=0, save_every=max(1, updates // 4),
             log_every=max(1, updates // 100), data=args.data, seed=args.seed, device=args.device)
         flags |= dict(size=8, batch=4) if args.tiny else {}
         flags |= {} if args.data else dict(crop=None)
         to_the_end(train.main, folder_of(run, args), [
-            *RUNS[run], *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items() if v is not None)])
+            *RUNS[run], "--betas", "0.9", "0.999",
+            *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items() if v is not None)])
         lines = [line for line in read_log(folder_of(run, args)) if "loss" in line]
         speed = statistics.median(line["images_per_s"] for line in lines)
         return (f"{updates:,} updates of {flags['batch']}, not celeba64's {train.PRESETS['celeba64']['updates']:,}; "

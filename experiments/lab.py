@@ -171,7 +171,7 @@ FEW = dict(schedule="dsdgl", lr=3e-5, updates=128)            # from 64 steps ha
 def all_models(mixture, seed):
     """{name: model}: the exact denoiser, trained networks, and one distilled by each method."""
     net = trained(mixture, seed=seed)
-    models = {"exact": mixture, "trained": net}
+    models = {"exact denoiser": mixture, "trained": net}
     models |= {name: in_the_lab(net, mixture, name, seed=seed, **settings) for name, settings in SETTINGS.items()}
     models["dsdi, D = 0.995"] = in_the_lab(net, mixture, seed=seed, **STEADIED)
     models["shortcut, 10 x the updates"] = in_the_lab(net, mixture, "shortcut", seed=seed, updates=6000,

@@ -1,6 +1,6 @@
 """Which settings of `--schedule shortcut` matter: one changed at a time, half as many updates, on table2.py's model.
 
-    python experiments/settings.py --data celeba-10k.zip   # out/table2: settings.md and .json; an hour on an old core
+    python experiments/settings.py --data celeba-10k.zip   # out/table2: settings.md and .json; 3 hours on an old core
     python experiments/settings.py --seeds                 # only the page, of what settings.json has
     python experiments/settings.py --lab                   # in lab.py's plane: settings-lab.md; ten minutes
 
@@ -11,7 +11,7 @@ from unittest import mock
 
 import lab
 from common import STEPS, UNDISTILLED, Experiment, evaluations, heading, pairs, row, seeds_of, write
-from table2 import BASE, SIZES
+from table2 import ABOUT, BASE, SIZES
 
 import distill
 import shortcut
@@ -61,8 +61,9 @@ def make(table):
 def page(table):
     """The table in Markdown."""
     found = {name: runs for name in ("undistilled", *METHODS) if (runs := table.figures.of_seeds(name))}
-    lines = [f"`python experiments/settings.py`: {table.figures}. Quick score at N steps, mean of seeds of "
-             f"distillation ± half their range, and contrast. Evaluations: thousands of images through a network.", "",
+    lines = [f"`python experiments/settings.py --data …`: {table.figures}; [on what]({ABOUT}). Quick score at N steps, "
+             f"mean of seeds of distillation ± half their range, and contrast. Evaluations: thousands of images "
+             f"through a network.", "",
              heading("setting", "flags", "seeds", "evaluations", *STEPS)]
     for name, runs in found.items():
         cost = evaluations(distill.parse_args(METHODS[name][0])) / 1000 if name in METHODS else 0

@@ -1,6 +1,7 @@
 """The scripts of experiments/ that make many runs, each from its first update to its page, at a size of nothing."""
 
 import json
+import math
 import re
 from functools import partial
 
@@ -199,10 +200,15 @@ def test_guard_and_budgets(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(budgets, "BATCH", 22)                 # so that tsd gets an update for each depth
     budgets.main(call)
     found = json.loads((tmp_path / "budgets.json").read_text())
-    assert {(r["lr"], r["seed"]) for r in found} == {(1e-2, 0), (1e-3, 0), *((r["lr"], 1) for r in found if r["seed"])}
+    tried = {r["lr"]: math.prod(s for s, _ in r["scores"][:budgets.CHOICE]) for r in found if r["seed"] == 0}
+    assert tried.keys() == {1e-2, 1e-3}
+    assert [r["lr"] for r in found if r["seed"] == 1] == [min(tried, key=tried.get)]
+    page = (tmp_path / "budgets.md").read_text()
+    assert len(cells(page, "undistilled")) == len(cells(page, "method, rate")) == len(budgets.STEPS) + 3
     monkeypatch.setattr("distill.fine_tune", None)            # a run would now be an error
+    capsys.readouterr()
     budgets.main(call)
-    assert "undistilled" in capsys.readouterr().out
+    assert "| undistilled |" in capsys.readouterr().out
 
 def test_the_second_term_has_little_gradient_at_short_steps(small_run, tmp_path, capsys):
     """The shorter the step, the less: it is a difference of two neighbouring predictions."""

@@ -1,8 +1,10 @@
 """The README, the docs and the docstrings promise commands and files: they must exist and parse."""
 
+import argparse
 import importlib
 import re
 import shlex
+import shutil
 import textwrap
 
 import pytest
@@ -27,6 +29,29 @@ def test_every_command_parses(script, flags, monkeypatch):
     if "--resume" in flags:
         monkeypatch.setattr("flags.load_checkpoint", lambda path: {"args": {}})
     module.parse_args(shlex.split(flags))
+
+def commands_of_experiments():
+    """Every `python experiments/script.py …` of the pages and of the experiments' docstrings."""
+    texts = [*(page.read_text() for page in PAGES), *(importlib.import_module(s).__doc__ for s in EXPERIMENTS)]
+    text = re.sub(r"`[^`]*`", lambda span: span[0].replace("\n", " "), "\n".join(texts).replace("\\\n", " "))
+    found = re.findall(r"python experiments/(\w+)\.py([^\n`#]*)", text)
+    return sorted({(script, flags.replace("…", "x.zip").strip().rstrip(";.,)")) for script, flags in found})
+
+@pytest.mark.parametrize("script,flags", commands_of_experiments())
+def test_every_command_of_an_experiment_parses(script, flags, monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+    def parsed(p, argv=None, *more):
+        parse(p, argv, *more)
+        raise InterruptedError
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    with pytest.raises(InterruptedError):
+        importlib.import_module(script).main(shlex.split(flags))
+
+@pytest.mark.parametrize("name", ["table2", "claims", "figure3"])
+def test_a_page_of_the_docs_is_what_its_figures_give(name, tmp_path):
+    shutil.copy(ROOT / "docs" / f"{name}.json", tmp_path)
+    importlib.import_module(name).main(["--seeds", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
+    assert (tmp_path / f"{name}.md").read_text() == (ROOT / "docs" / f"{name}.md").read_text()
 
 def test_there_are_commands_for_every_script():
     assert {script for script, _ in commands()} == set(SCRIPTS)
@@ -53,8 +78,11 @@ def test_what_the_pages_name_in_a_file_is_there():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_linked_files_exist(page):
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text()):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        heads = re.findall(r"^#+ (.*)", file.read_text(), re.M) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in heads}, anchor
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_teaches_every_flag_on_two_screens(script, capsys, monkeypatch):
