@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import weakref
 import zipfile
 from itertools import count
@@ -24,6 +25,7 @@ import torch
 from conftest import ROOT, SMALL_RUN, labelled_images, log_of, same, start
 from PIL import Image
 
+import curves
 import data
 import distill
 import fid
@@ -82,6 +84,25 @@ def test_no_room_for_the_references_statistics_costs_no_score(ckpt, tmp_path, mo
 def test_no_room_for_many_samples_is_told_with_the_name_of_the_file(ckpt, tmp_path):
     with limited(1000), pytest.raises(OSError, match=r"File too large: '.*x\.npz\.raw'"):
         sample.main(["--ckpt", str(ckpt), "--steps", "2", "-n", "40", "--save", str(tmp_path / "x.npz"), *CPU])
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_no_room_in_memory_is_one_line(error, monkeypatch):
+    def main():
+        raise error
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    for stream in (sys.stdout, sys.stderr):                   # pytest's own
+        monkeypatch.setattr(stream, "reconfigure", lambda **k: None, raising=False)
+    with exits("error: out of memory; a smaller --batch needs less"):
+        runtime.launch(main)
+
+def test_the_root_of_the_disk_is_a_place_like_any_other(monkeypatch):
+    monkeypatch.setattr("os.access", lambda *a: True)
+    assert train.check_out(train.parse_args([*SMALL_RUN, "--out", "/"])) is None
+
+def test_a_run_whose_log_is_gone_has_no_curves(tmp_path):
+    curves.draw_curves(types.SimpleNamespace(out=tmp_path))
+    assert not list(tmp_path.iterdir())
 
 # ---- second processes -----------------------------------------------------------------------------------
 def test_two_runs_never_share_a_folder(small_run, ckpt, tmp_path):
