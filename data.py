@@ -33,7 +33,7 @@ from checkpoint import file_hash, whole_file
 from pictures import BuiltIn
 from runtime import log_stderr, progress
 
-VERSION = 2     # of the packing: a change to what is drawn or how it is resized must raise it
+VERSION = 2     # of the packing: a change to what is drawn, resized or noted beside it must raise it
 CHUNK = 1024    # images packed between two entries of the journal
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 UNREAD = {".heic", ".heif", ".avif", ".jxl", ".jfif", ".jp2", ".tga", ".psd", ".svg", ".exr",      # pictures too, that

@@ -324,7 +324,7 @@ def parse_args(argv=None):
         p.error("--save needs a file ending in .npz, another than REAL and FAKE, and image files")
     if len(args.sides) not in ([0] if args.ckpt else [1, 2] if args.save else [2]):
         p.error("give REAL and FAKE, or one of them with --save, or --ckpt")
-    models = [f"{'-' * (1 + (k != 'n'))}{k}" for k in ("data", "steps", "real", "n", "guidance", "ldm")
+    models = ["-n" if k == "n" else f"--{k}" for k in ("data", "steps", "real", "n", "guidance", "ldm")
               if getattr(args, k) != p.get_default(k)]
     if args.sides and models:
         p.error(f"{', '.join(models)}: of models only, which --ckpt names")

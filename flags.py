@@ -115,8 +115,8 @@ def parse_with_saved(p, argv, defaults, fixed):
     if wrong := sorted(changed & fixed(args)):
         p.error(f"--resume can't change {', '.join('--' + name.replace('_', '-') for name in wrong)}: what the run has "
                 f"done until now depends on it")
-    changed -= {"updates"} if stays else set()
-    if changed := changed - {"cache", "dry_run", "sample_every", "save_every", "tensorboard"}:
+    harmless = {"cache", "dry_run", "sample_every", "save_every", "tensorboard", *(["updates"] if stays else [])}
+    if changed := changed - harmless:
         print(f"resuming with another {', '.join(sorted(changed))}: "
               f"no longer the same as a run that was never interrupted")
     return args
