@@ -10,7 +10,6 @@ sample.py need them. What a run adds to go on exactly: see trainer.py. LDM's own
 import contextlib
 import hashlib
 import os
-import pickle
 import sys
 from pathlib import Path
 
@@ -73,20 +72,16 @@ def claimed(path, folder=True):
     check_writable(path if folder else path.parent)
     if not folder:
         path.touch()
-    if os.name == "nt":                                       # Windows has other locks
-        yield
-        return
-    import fcntl
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):                    # on a file system that has no locks
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(ImportError, OSError):       # on Windows, or a file system that has no locks
+            import fcntl
+            handle = os.open(path, os.O_RDONLY)
+            held.callback(os.close, handle)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 sys.exit(f"error: another process is writing into {path}: wait for it, or choose another place")
         yield
-    finally:
-        os.close(handle)
 
 def save_checkpoint(path, state):
     """Write a dict of tensors and plain values, so that `path` always holds a whole file, old or new."""
@@ -104,11 +99,9 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
     except FileNotFoundError:
         raise CheckpointError(f"error: no checkpoint at {path}; to make one: python train.py --distill 0.15") from None
-    except pickle.UnpicklingError:
-        raise CheckpointError(f"error: {path} is no readable checkpoint (damaged, or with more in it than tensors and "
-                              f"plain values)") from None
     except Exception as e:  # torch raises half a dozen types here, all meaning the same to a user
-        raise CheckpointError(f"error: {path} is no readable checkpoint ({str(e).splitlines()[0][:120]})") from None
+        raise CheckpointError(f"error: {path} is no readable checkpoint ({type(e).__name__}): damaged, or with more in "
+                              f"it than tensors and plain values") from None
     if not isinstance(state, dict) or not {"config", "weights", "ema", "schedule", "predicts", "shape"} <= state.keys():
         raise CheckpointError(f"error: {path} is not a checkpoint of this project")
     return state
@@ -119,14 +112,10 @@ def load_model(path, device="cpu", ema=True):
     try:
         with torch.device("meta"):                            # no random weights: those of the file follow
             net = UNet(UNetConfig(**state["config"]))
-    except (TypeError, ValueError) as e:
-        raise CheckpointError(f"error: {path}: there is no model of its config ({e})") from None
-    net.to_empty(device="cpu")
-    try:
-        net.load_state_dict(state["ema" if ema else "weights"])
-    except RuntimeError as e:
-        first = str(e).splitlines()[1].strip()
-        raise CheckpointError(f"error: {path}: its weights do not fit its own config ({first})") from None
+        net.to_empty(device="cpu").load_state_dict(state["ema" if ema else "weights"])
+    except (TypeError, ValueError, RuntimeError) as e:
+        why = " ".join(str(e).split())[:200]
+        raise CheckpointError(f"error: {path}: its config and its weights make no model ({why})") from None
     return net.to(device, memory_format=memory_format(device)).eval().requires_grad_(False), state
 
 def trained_on(state):

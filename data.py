@@ -422,23 +422,22 @@ def grid(x, columns, labels=(), heads=()):
     heads   one for each column, written above it as far as the next one that is not empty"""
     pixels, font = to_pixels(x), ImageFont.load_default(14)
     rows, side = -(-len(pixels) // columns), pixels.shape[1]
-    pitch, scale = side + 1, max(1, 64 // side)               # a white line between neighbours
-    cells = np.full((rows * columns, pitch, pitch, 3), 255, np.uint8)
-    cells[:len(pixels), :side, :side] = pixels
-    pixels = cells.reshape(rows, columns, pitch, pitch, 3).swapaxes(1, 2).reshape(rows * pitch, columns * pitch, 3)
-    pixels = pixels[:-1, :-1].repeat(scale, 0).repeat(scale, 1)
+    scale = max(1, 64 // side)
+    pitch = (side + 1) * scale                                # a white line between neighbours
     margin = 12 + round(max(map(font.getlength, labels))) if labels else 0
     top = 20 if any(heads) else 0
-    image = Image.new("RGB", (pixels.shape[1] + margin, len(pixels) + top), "white")
-    image.paste(Image.fromarray(pixels), (margin, top))
+    image = Image.new("RGB", (margin + columns * pitch - scale, top + rows * pitch - scale), "white")
+    for i, cell in enumerate(pixels):
+        place = margin + i % columns * pitch, top + i // columns * pitch
+        image.paste(Image.fromarray(cell.repeat(scale, 0).repeat(scale, 1)), place)
     draw, starts = ImageDraw.Draw(image), [*(i for i, text in enumerate(heads) if text), columns]
     for row, text in enumerate(labels):
-        draw.text((margin - 6, top + (row * pitch + side / 2) * scale), text, "black", font, anchor="rm")
+        draw.text((margin - 6, top + row * pitch + side * scale / 2), text, "black", font, anchor="rm")
     for here, after in pairwise(starts):
-        text, room = heads[here], (after - here) * pitch * scale - 4
+        text, room = heads[here], (after - here) * pitch - 4
         while font.getlength(text) > room and len(text) > 1:
             text = text[:-1]
-        draw.text((margin + here * pitch * scale, 2), text, "black", font)
+        draw.text((margin + here * pitch, 2), text, "black", font)
     return image
 
 def save_grid(x, path, columns, labels=(), heads=()):

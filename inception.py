@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from checkpoint import file_hash
 from data import default_cache, wait_for_first_rank
@@ -157,17 +158,15 @@ def load_features(weights=None, device="cpu", dtype="fp32"):
 def fold(state, eps=1e-3):
     """The released file's tensors as `Inception` holds them: each batch norm (γ, β, μ, σ²) folded into its convolution.
 
-    γ (w∗x − μ) / √(σ² + ε) + β = (s w)∗x + (β − s μ) with s = γ / √(σ² + ε). Raises KeyError naming a tensor that is
-    missing, or one too many."""
+    Raises KeyError naming a tensor that is missing, or one too many."""
     rest = {key: tensor for key, tensor in state.items() if not key.endswith(".num_batches_tracked")}
     folded = {"fc.weight": rest.pop("fc.weight")}
     rest.pop("fc.bias")                                       # unused here, but a file without it is another file
     for name in [key.removesuffix(".conv.weight") for key in rest if key.endswith(".conv.weight")]:
         w, gamma, beta, mean, var = (rest.pop(f"{name}.{key}").double() for key in (
             "conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"))
-        s = gamma / (var + eps).sqrt()
-        folded[f"{name}.weight"] = (w * s[:, None, None, None]).float()
-        folded[f"{name}.bias"] = (beta - s * mean).float()
+        weight, bias = fuse_conv_bn_weights(w, None, mean, var, eps, gamma, beta)
+        folded |= {f"{name}.weight": weight.float(), f"{name}.bias": bias.float()}
     if rest:
         raise KeyError(f"surplus {min(rest)}")
     return folded

@@ -121,11 +121,11 @@ def map_over_ranks(jobs, work):
     Yields the results in the order of the jobs, on rank 0; on the others nothing, but they must iterate as well."""
     for start in range(0, len(jobs), ranks()):
         group = jobs[start:start + ranks()]
-        results = [work(group[rank()]) if rank() < len(group) else None]
+        mine = work(group[rank()]) if rank() < len(group) else None
+        results = [mine] * ranks() if rank() == 0 else None
         if ranks() > 1:
-            mine, results = results[0], None if rank() else [None] * ranks()
             dist.gather_object(mine, results)
-        yield from (results or [])[:len(group)]
+        yield from results[:len(group)] if rank() == 0 else ()
 
 def describe_device(device):
     """What a run runs on, in words."""

@@ -52,7 +52,6 @@ class Sampler:
         self.device, self.dtype, self.classes, self.w, self.seed = torch.device(device), dtype, classes, w, seed
         self.state = state
         self.image_shape = [3, image_size(state), image_size(state)]     # greyscale is saved as RGB
-        self.decode_batch = 8 if self.device.type == "cuda" else 1            # a 256x256 image needs 0.2 GB for it
 
     @cached_property
     def autoencoder(self):
@@ -91,8 +90,9 @@ class Sampler:
         """The images (B, 3, H, W) of what was drawn (B, C, H, W), on any device: of pixels those themselves."""
         if self.autoencoder is None:
             return x.expand(-1, 3, -1, -1)                    # of greyscale: three times the same
+        batch = 8 if self.device.type == "cuda" else 1        # a 256x256 image needs 0.2 GB for it
         with autocast(self.device, self.dtype):
-            return torch.cat([self.autoencoder.decode(z.to(self.device)) for z in x.split(self.decode_batch)])
+            return torch.cat([self.autoencoder.decode(z.to(self.device)) for z in x.split(batch)])
 
 def draw_grid(samplers, steps, n, path, batch=64):
     """One PNG of every model at every step count, always from the same n noises. Rank 0 draws it.

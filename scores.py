@@ -84,12 +84,12 @@ def statistics_of_batches(batches, n, features, provenance, desc, splits=10):
     total, outer, split_sums = zeros(dim), zeros(dim, dim), zeros(splits, 2 + classes)
     split, chosen = split_numbers(n, splits).to(home), chosen_for_kid(n)
     kid_features = torch.zeros(len(chosen), dim, device=home)
-    shades = np.zeros(256, np.int64)                          # how often each value of a pixel occurs
-    sides = np.zeros((2, 2), np.int64)                        # sums of the heights and widths, and of their squares
+    sums = np.zeros(7, np.int64)                              # heights, widths, their squares; pixels, values, squares
     def counted(images):
         for image in images:
-            shades[:] += np.bincount(image.ravel(), minlength=256)
-            sides[:] += np.array(image.shape[:2]) ** [[1], [2]]
+            h, w, _ = image.shape
+            values, squares = image.sum(dtype=np.int64), np.square(image, dtype=np.uint16).sum(dtype=np.int64)
+            sums[:] += h, w, h * h, w * w, image.size, values, squares
             yield image
     with progress(total=n, desc=desc, unit="img") as bar:
         for start, images in batches:
@@ -104,17 +104,16 @@ def statistics_of_batches(batches, n, features, provenance, desc, splits=10):
             kid_features[first:last] = pooled[torch.from_numpy(chosen[first:last] - start)]
             bar.update(min(n, start + ranks() * len(x)) - bar.n)     # the other ranks are about as far
     # Of kid_features each rank has filled rows of its own, so that their sum is all of them.
-    for part in (total, outer, split_sums, kid_features, torch.from_numpy(shades), torch.from_numpy(sides)):
+    for part in (total, outer, split_sums, kid_features, torch.from_numpy(sums)):
         sum_over_ranks(part)                                  # in place
     if rank():
         return None
     mu = total / n
     sigma = (outer - n * torch.outer(mu, mu)) / (n - 1)
-    values, share = np.arange(256) / 127.5 - 1, shades / shades.sum()
-    contrast = (share @ values ** 2 - (share @ values) ** 2) ** 0.5   # the standard deviation of the pixels
-    (h, w), (h2, w2) = sides.tolist()                         # of no variance: all of one size
-    size = f"{w // n}x{h // n}" if (n * h2, n * w2) == (h ** 2, w ** 2) else "mixed"
-    provenance = dict(images=n, size=size) | provenance | dict(splits=splits, contrast=round(float(contrast), 4))
+    h, w, h2, w2, pixels, values, squares = sums.tolist()
+    contrast = (squares / pixels - (values / pixels) ** 2) ** 0.5 / 127.5      # the standard deviation in [-1, 1]
+    size = f"{w // n}x{h // n}" if (n * h2, n * w2) == (h ** 2, w ** 2) else "mixed"       # of no variance
+    provenance = dict(images=n, size=size) | provenance | dict(splits=splits, contrast=round(contrast, 4))
     return Statistics(mu.cpu().numpy(), sigma.cpu().numpy(), features.id, provenance, inception_score(split_sums),
                       kid_features.cpu().numpy())
 

@@ -101,7 +101,7 @@ def kinds_of_rows(trainer, b):
 
 def shortcut(trainer, stream, b, anchor=None, w=1.0, weight=1.0, start=0):
     """The loss on batch after batch of a stream of (x, y), this rank's rows of each; jumps from update `start` on."""
-    xhat, average = trainer.denoiser(), trainer.denoiser(trainer.average(trainer.args.target_ema))
+    xhat, average = trainer.denoiser(), trainer.denoiser(trainer.target_net())
     anchor = anchor and trainer.denoiser(anchor)
     early, late = kinds_of_rows(trainer, 0), kinds_of_rows(trainer, b)
     for step in trainer.steps():                              # logs, saves, resumes, stops

@@ -69,7 +69,7 @@ class Trainer:
                                     fused=device.type in ("cpu", "cuda"))
         self.schedule = SCHEDULES[model_info["schedule"]]()
         self.step, self.hooks, self.watch = 0, hooks, None
-        self.extra_state, self.averages, self.carried, self.resumed = {}, {}, {}, None
+        self.extra_state, self.carried, self.resumed = {}, {}, None
         self.compiled, self.values, self.pending, self.interruptible = {}, [], [], False
         self.told, self.lost = False, ""
         self.random = torch.Generator(device).manual_seed(args.seed)     # alike on all ranks, see `rand`
@@ -94,11 +94,9 @@ class Trainer:
                 self.extra_state[name].load_state_dict(self.resumed["extra_state"][name])
         return self.extra_state[name]
 
-    def average(self, decay):
-        """A running average of the weights with this decay: the one that is sampled if it has that, or one more."""
-        if decay != self.args.ema:
-            self.averages = {self.second_net("target"): decay}
-        return self.second_net("target") if self.averages else self.ema
+    def target_net(self):
+        """The running average with decay --target-ema: the one that is sampled if that has it, too, or one more."""
+        return self.ema if self.args.target_ema == self.args.ema else self.second_net("target")
 
     def _draw(self, kind, *args):
         return local_rows(kind(*args, generator=self.random, device=self.device))
@@ -156,8 +154,8 @@ class Trainer:
         self.opt.zero_grad(set_to_none=True)
         # A short memory at first: an average still full of the random start would show noise for thousands of updates.
         update_ema(self.ema, self.net, min(self.args.ema, (1 + self.step) / (10 + self.step) if self.ema_warmup else 1))
-        for average, decay in self.averages.items():
-            update_ema(average, self.net, decay)
+        if "target" in self.extra_state:
+            update_ema(self.extra_state["target"], self.net, self.args.target_ema)
         means = {k: sum(v[k] for v in self.values) / len(self.values) for k in self.values[0]} | dict(grad_norm=norm)
         self.names, self.values = list(means), []
         self.pending.append(torch.stack([*means.values()]).float())
@@ -186,7 +184,7 @@ class Trainer:
                 if now - since > 60:                          # the first line of the log may be hours away
                     self._tell_long(count * a.batch / (now - since))
                 if self._due(a.log_every) or self._due(a.save_every) or stop:
-                    means, stop = self._means(bool(stopped), bar)
+                    means, stop = self._means(bool(stopped))
                     now = time.perf_counter()
                     speed = round(count * a.batch / (now - since), 1)
                     entry = {"step": self.step} | means | dict(lr=lr, images_per_s=speed)
@@ -244,7 +242,7 @@ class Trainer:
         print(f"stopped at {where}; saved {self.ckpt}. Go on with: {again}")
         sys.exit(130)
 
-    def _means(self, stopped, bar):
+    def _means(self, stopped):
         """({name: mean of the updates since the last call}, whether any rank was stopped), over all ranks.
 
         Ends the run if a value is not finite."""
@@ -254,7 +252,6 @@ class Trainer:
         values, flag = everything[:-1].view(values.shape), everything[-1]
         bad = (~values.isfinite().all(dim=1)).nonzero()
         if len(bad):
-            bar.close()
             first = self.step - len(values) + 1 + bad[0].item()
             kept = self.out and self.ckpt.exists()
             left = f"{self.ckpt} holds the last good checkpoint" if kept else "there is no checkpoint yet"

@@ -4,7 +4,6 @@
     python experiments/bench.py train distill --model unet64 --size 64 --batch 8   # some of it, a larger network
     python experiments/bench.py --model unet64 --batch 128 --compile default       # on a GPU: eager and compiled
     python experiments/bench.py distill --model imagenet256 --batch 8 --methods dsdi    # LDM's, guided, on latents
-    python experiments/bench.py train --profile                                    # where the time of an update goes
     python experiments/bench.py counted --model imagenet256 --batch 8    # kernels and memory of a GPU, without one
 
 All that a table compares takes turns in one process, call by call, and medians count: a machine that is busy for
@@ -37,6 +36,7 @@ from pretend import META, Rehearsal, pretended_gpu
 
 import distill
 import train
+from checkpoint import whole_file
 from data import load_data
 from flags import at_least, device_flags
 from inception import Features, Inception
@@ -213,8 +213,6 @@ def train_rows(args, names=TRAININGS):
         row["GFLOP"] = work.get(row["what"].split(" --compile")[0], work["plain"])
         row["MFU"] = 1e9 * row["GFLOP"] / row["s"] / reachable
     tell_at_work(rows, calls, args)
-    if args.profile:
-        explain(calls[named("plain", args.compile)], args)
     return (f"Training updates of {args.batch} (MFU: GFLOP counted for our network, over the {reachable / 1e12:.3g} "
             f"TFLOP/s that a {args.dtype} product of two 4096 x 4096 matrices reaches){missing}", rows)
 
@@ -253,8 +251,6 @@ def distill_rows(args):
             row["time of TSD's"] = row["s"] / statistics.median(times["tsd"])
             row["MiB less than TSD"] = memory["tsd"] - memory[row["what"]]
     tell_at_work(rows, calls, args)
-    if args.profile:
-        explain(calls[args.methods[0]], args)
     with torch.device("meta"):
         weights = param_count(UNet(model_of(args)[0])) * 4 / 2 ** 20
     return f"Distillation updates of {args.batch} ({weights:.1f} MiB of weights)", rows
@@ -319,27 +315,21 @@ def counted_rows(args):
 GROUPS = {"train": train_rows, "distill": distill_rows, "sample": sample_rows, "fid": fid_rows, "data": data_rows,
           "counted": counted_rows}
 
-def profiled(call, device):
-    """(torch's profile of three calls, for which share of the time a GPU was at work: launching bounds what is low)."""
+def at_work(call, device):
+    """For which share of the time of three calls a GPU was at work: launching bounds what is low."""
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]) as found:
         start = time.perf_counter()
         for _ in range(3):
             call()
         wait(device)
         seconds = time.perf_counter() - start
-    return found, sum(e.self_device_time_total for e in found.key_averages()
-                      if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation) / 1e6 / seconds
+    return sum(e.self_device_time_total for e in found.key_averages()
+               if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation) / 1e6 / seconds
 
 def tell_at_work(rows, calls, args):
     """Add to each row of a race on a GPU for which share of the time the GPU was at work at all."""
     for row in rows if args.device.type == "cuda" else []:
-        row["GPU at work"] = profiled(calls[row["what"]], args.device)[1]
-
-def explain(call, args):
-    """Print where the time of a call goes."""
-    column = "self_device_time_total" if args.device.type == "cuda" else "self_cpu_time_total"
-    found, _ = profiled(call, args.device)
-    print(found.key_averages().table(sort_by=column, row_limit=15, max_name_column_width=60))
+        row["GPU at work"] = at_work(calls[row["what"]], args.device)
 
 # ---- tables and command line ------------------------------------------------------------------------------
 def table(title, rows):
@@ -369,7 +359,6 @@ def parse_args(argv=None):
     p.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="METHOD",
                    help=f"of {', '.join(METHODS)} (default: all, which are in memory together when timed)")
     p.add_argument("--steps", type=at_least(1), nargs="+", default=[2, 4, 8, 64], metavar="N", help="when sampling")
-    p.add_argument("--profile", action="store_true", help="also print where the time of an update goes")
     p.add_argument("--data", metavar="PATH", help="images to read (default: the built-in pictures)")
     p.add_argument("--cache", metavar="DIR", help="where packed images are kept (default: $DSD_CACHE or ~/.cache/dsd)")
     p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="as in distill.py")
@@ -403,12 +392,10 @@ def main(argv=None):
     given = " ".join(argv if argv is not None else sys.argv[1:])
     command = (f"`python experiments/bench.py {given}`: {args.model} at {args.size}x{args.size}; medians; "
                f"{machine(args)}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "bench.md").write_text("\n".join([command, *text, ""]))
-        (out / "bench.json").write_text(json.dumps(dict(about=command, settings=settings, groups=groups), indent=1))
-    except OSError as e:
-        sys.exit(f"error: can't write to {out} ({e.strerror or e})")
+    about = dict(about=command, settings=settings, groups=groups)
+    for name, content in (("bench.md", "\n".join([command, *text, ""])), ("bench.json", json.dumps(about, indent=1))):
+        with whole_file(out / name) as tmp:
+            tmp.write_text(content)
     print("\n".join([command, *text]))
     log_stderr(f"wrote {out}/bench.md and bench.json")
 

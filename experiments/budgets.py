@@ -8,14 +8,14 @@ is then run with the other seeds. What exists is not made again, what was stoppe
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
-from common import STEPS, QuickScore, evaluations, heading, pairs, row, seconds, to_the_end, write
+from common import STEPS, Figures, QuickScore, evaluations, heading, pairs, row, seconds, to_the_end, write
 
 import distill
 from checkpoint import file_hash, load_checkpoint, trained_on
+from runtime import pick_device
 
 BATCH = 32
 CHOICE = 4                                                    # the first of STEPS, 1 to 8, whose scores choose a rate
@@ -60,21 +60,23 @@ def main(argv=None):
     p.add_argument("--docs", default="out/budgets", metavar="DIR", help="of the table (default: %(default)s)")
     args = p.parse_args(argv)
     ckpt = str(Path(args.ckpt) / "ckpt.pt") if Path(args.ckpt).is_dir() else args.ckpt
-    state, lines, found = load_checkpoint(ckpt), [], []
+    state, lines = load_checkpoint(ckpt), []
     origin = trained_on(state)
-    score = QuickScore(args.data or origin["data"], state["shape"][1], origin["crop"])
+    score, device = QuickScore(args.data or origin["data"], state["shape"][1], origin["crop"]), pick_device()
+    figures = Figures(Path(args.docs, "budgets.json"), dict(base=file_hash(ckpt, 8)), Path(args.out))
 
     def run(method, budget, lr, seed):
-        """The scores of a run, made if need be."""
+        """What is known of a run, made if need be."""
+        def make():
+            flags, count = flags_of(method, budget, lr, seed, ckpt, args.data)
+            to_the_end(distill.main, out, flags)
+            return dict(lr=lr, evaluations=count, scores=score.of_file(out / "ckpt.pt", STEPS, device),
+                        seconds=round(seconds(out, BATCH)))
         out = Path(args.out) / file_hash(ckpt, 8) / f"{method}-{budget:g}-{lr:g}-{seed}"
-        flags, count = flags_of(method, budget, lr, seed, ckpt, args.data)
-        to_the_end(distill.main, out, flags)
-        scores = score.of_file(out / "ckpt.pt", STEPS)
-        found.append(dict(method=method, budget=budget, lr=lr, seed=seed, evaluations=count, scores=scores,
-                          seconds=round(seconds(out, BATCH))))
-        return found[-1]
+        return figures.made(f"{method}, {budget:g}, {lr:g}, seed {seed}", make)
 
-    lines.append(row("undistilled", pairs([score.of_file(Path(ckpt), STEPS)]), "", "", ""))
+    undistilled = figures.made("undistilled", score.of_file, Path(ckpt), STEPS, device)
+    lines.append(row("undistilled", pairs([undistilled]), "", "", ""))
     for budget in args.budgets:
         for method in args.methods:
             tried = [run(method, budget, lr, args.seeds[0]) for lr in RATES[budget][method]]
@@ -90,7 +92,6 @@ def main(argv=None):
                 f"{args.seeds[0]};", "mean and half the range over seeds. Seconds of updates.", "",
                 heading("method, rate", *STEPS, "budget", "seeds", "seconds"), *lines])
             write(Path(args.docs, "budgets.md"), text)
-            Path(args.docs, "budgets.json").write_text(json.dumps(found, indent=1))
 
 if __name__ == "__main__":
     main()

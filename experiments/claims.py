@@ -58,13 +58,14 @@ def make(table):
     runs, scoring = {name: [name] for name in METHODS} | ORDERS, table.args.n * sum(STEPS)
     finals = {f"{name}, seed {seed}": (name, seed) for seed in table.args.seeds for name in runs}
     table.tell_time(table.jobs({figure: (runs[name], scoring, 0) for figure, (name, _) in finals.items()}))
+    def of_run(name, seed):
+        stages = [(method, rates[method]) for method in runs[name]]
+        place = f"{name}-seed{seed}-{'-'.join(f'{lr:g}' for _, lr in stages)}"
+        return dict(lr=[lr for _, lr in stages], scores=table.last_scores(table.distilled(place, seed, *stages), STEPS))
     table.made(UNDISTILLED, lambda: dict(scores=table.quick_scores(table.base, STEPS)))
     rates = table.rates()
     for figure, (name, seed) in finals.items():
-        stages = [(method, rates[method]) for method in runs[name]]
-        table.made(figure, lambda name=name, seed=seed, stages=stages: dict(
-            lr=[lr for _, lr in stages], scores=table.last_scores(
-                table.distilled(f"{name}-seed{seed}-{'-'.join(f'{lr:g}' for _, lr in stages)}", seed, *stages), STEPS)))
+        table.made(figure, of_run, name, seed)
 
 def page(table):
     """The table in Markdown, and the picture: scores against updates at each step count."""

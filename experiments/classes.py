@@ -91,11 +91,12 @@ def make(table):
     scoring = 1.5 * table.args.n * sum(STEPS)                 # of the guided evaluations that `tell_time` counts
     table.tell_time(table.jobs({UNDISTILLED: ((), scoring, 0)} | {
         figure: ((name,), scoring, 0) for figure, (name, _) in finals.items()}))
-    table.made(UNDISTILLED, lambda: scored(table, table.base, GUIDANCE))
+    def of_run(name, seed):
+        return scored(table, table.run(name, rates[name], seed), guidance(name), lr=rates[name])
+    table.made(UNDISTILLED, scored, table, table.base, GUIDANCE)
     rates = table.rates()
     for figure, (name, seed) in finals.items():
-        table.made(figure, lambda name=name, seed=seed: scored(
-            table, table.run(name, rates[name], seed), guidance(name), lr=rates[name]))
+        table.made(figure, of_run, name, seed)
     table.draw(rates, "--steps", *map(str, STEPS), "-n", "4", "--class", "star", "flower", "house", "face")
 
 def page(table):

@@ -4,7 +4,6 @@ tables over seeds."""
 import argparse
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -46,14 +45,6 @@ def to_the_end(main, out, flags):
         main([*(["--resume"] if (out / "ckpt.pt").exists() else [*flags, "--overwrite"]), "--out", str(out)])
     except SystemExit as e:
         if "is finished" not in str(e.code):
-            raise
-
-def unless_broken(make):
-    """What make() returns; None where a run, or a model, ends in values that are not finite."""
-    try:
-        return make()
-    except (SystemExit, ValueError) as e:                     # a score of such samples is a ValueError
-        if "not finite" not in str(e):
             raise
 
 def seconds(out, batch):
@@ -133,11 +124,17 @@ class Figures:
             sys.exit(f"error: {self.path} has other figures ({found['about']}, not {self.about}): choose another --out")
         self.values |= found
 
-    def made(self, name, make):
-        """The figure of this name, by make() if it is not there."""
+    def made(self, name, make, *args, **settings):
+        """The figure of this name, by make(*args, **settings) if it is not there: None where that ends in values that
+        are not finite."""
         self.read()
         if name not in self.values:
-            value = make()
+            try:
+                value = make(*args, **settings)
+            except (SystemExit, ValueError) as e:             # a score of such samples is a ValueError
+                if "not finite" not in str(e):
+                    raise
+                value = None
             with locked(self.runs, f"writing {self.path}", "--runs"):
                 self.read()
                 self.values[name] = value
@@ -184,6 +181,7 @@ class Experiment:
         self.device, self.base_flags = pick_device(args.device), [*base, *self.data]
         about |= dict(size=train.parse_args(self.base_flags).size, samples=args.n)
         self.figures = Figures(args.out / f"{name}.json", about, self.runs)
+        self.made = self.figures.made
 
     @staticmethod
     def flags(name, doc, samples):
@@ -206,7 +204,7 @@ class Experiment:
         size, wanted = load_checkpoint(ckpt)["shape"][1], self.figures.about["size"]
         if size != wanted:
             sys.exit(f"error: {ckpt} draws images of {size}x{size}, and these figures are of {wanted}x{wanted}")
-        self.figures.made("base", lambda: digest)
+        self.made("base", lambda: digest)
         return ckpt
 
     def folder(self, place):
@@ -268,18 +266,13 @@ class Experiment:
 
     def quick_scores(self, ckpt, steps):
         """[[score, contrast] at each of `steps`] of a checkpoint."""
-        sampler = self.sampler(ckpt)
-        return [self.quick(sampler, s) for s in steps]
+        return self.quick.of_file(ckpt, steps, self.device)
 
     def last_scores(self, ckpt, steps):
         """The same of a run that is then deleted."""
         found = self.quick_scores(ckpt, steps)
         shutil.rmtree(ckpt.parent)
         return found
-
-    def made(self, name, make):
-        """The figure of this name: what make() returns, or None where that is broken."""
-        return self.figures.made(name, lambda: unless_broken(make))
 
     def rates(self):
         """{method: its rate}: of the best mean fidelity at 2, 4 and 8 steps, at the end of a run of seed CHOICE."""
@@ -289,7 +282,7 @@ class Experiment:
             shutil.rmtree(out)                                # a hundred of them would take gigabytes
             return sum(last[f"fidelity_{n}"] for n in hooks.WATCHED) / len(hooks.WATCHED)
         def found(name, lr):
-            value = self.made(f"rate of {name}: {lr:g}", partial(of_run, name, lr))
+            value = self.made(f"rate of {name}: {lr:g}", of_run, name, lr)
             return -math.inf if value is None else value
         return {name: climb(self.GRID, start, partial(found, name)) if start else distill.parse_args(flags).lr
                 for name, (flags, start) in self.methods.items()}
@@ -382,18 +375,10 @@ class QuickScore:
         return {"quick score": self.distance(fake), "precision": precision, "recall": recall,
                 "contrast": x.std().item()}
 
-    def of_file(self, ckpt, steps=STEPS):
-        """[[score, contrast] for each of `steps`] of a checkpoint, kept beside it."""
-        kept, data = ckpt.with_name("quick.json"), self.data.folder.name      # which holds the crop, too
-        stamp = [os.stat(ckpt).st_mtime, data, self.n, *steps]
-        if kept.exists() and json.loads(kept.read_text())["stamp"] == stamp:
-            return json.loads(kept.read_text())["scores"]
-        device = pick_device()
+    def of_file(self, ckpt, steps, device):
+        """[[score, contrast] at each of `steps`] of a checkpoint."""
         sampler = Sampler(*load_model(ckpt, device), device, pick_dtype("auto", device))
-        found = [self(sampler, s) for s in progress(iterable=steps, desc=f"scoring {ckpt.parent.name}")]
-        with whole_file(kept) as tmp:
-            tmp.write_text(json.dumps(dict(stamp=stamp, scores=found)))
-        return found
+        return [self(sampler, s) for s in progress(iterable=steps, desc=f"scoring {ckpt.parent.name}")]
 
 # ---- scores of fid.py ----------------------------------------------------------------------------------
 def fid_scores(ckpt, steps, n, data=(), weights=inception.RANDOM, device="auto"):

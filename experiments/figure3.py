@@ -11,8 +11,8 @@ of samples. What figure3.json has is not made again, and a run that was stopped 
 """
 
 import sys
-from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 from common import (
     ROOT,
@@ -75,18 +75,6 @@ CLAIMS = {
     "--shortcut beats fine-tuning in the time of one training": ("shortcut", "both in the time of one"),
 }
 
-@contextmanager
-def scored_along(every, score):
-    """Within it, training also calls score(trainer) every so many updates, and logs the dicts that it returns."""
-    original = train.Trainer
-    def trainer(args, net, device, model_info, hooks=()):
-        return original(args, net, device, model_info, [*hooks, (every, score)])
-    train.Trainer = trainer
-    try:
-        yield
-    finally:
-        train.Trainer = original
-
 def place(args, images, name, seed):
     """The folder of a run."""
     return ROOT / args.runs / file_name(f"{images}-{name}-{seed}")
@@ -117,10 +105,10 @@ def made(args, images, name, seed, quick):
         def score(trainer):                                   # the last point is that of `last`
             last = trainer.step + every > given.updates
             return [] if last else [dict(quick=[quick(sampler_of(trainer), steps) for steps in SCORED])]
-        with scored_along(every, score):
-            to_the_end(train.main, out, [*flags, "--save-every", str(every)])
+        with mock.patch("train.sample_picture", score):       # a hook: what it returns is logged
+            to_the_end(train.main, out, [*flags, "--sample-every", str(every), "--save-every", str(every)])
         took = seconds(out, given.batch)
-    last = quick.of_file(out / "ckpt.pt", STEPS)
+    last = quick.of_file(out / "ckpt.pt", STEPS, pick_device(args.device))
     curve = [[e["step"], e["quick"]] for e in read_log(out) if "quick" in e]
     curve.append([load_checkpoint(out / "ckpt.pt")["step"], [last[STEPS.index(n)] for n in SCORED]])
     return dict(curve=curve, last=last, seconds=round(took), evaluations=count)
@@ -136,8 +124,7 @@ def make(args, figures):
         tell_hours(len(missing), len(missing) * count * seconds_per_evaluation(given, device))
         quick = QuickScore(args.data, given.size, given.crop, args.n)
     for name, seed in missing:
-        figures.made(f"{images}, {name}, seed {seed}",
-                     lambda name=name, seed=seed: made(args, images, name, seed, quick))
+        figures.made(f"{images}, {name}, seed {seed}", made, args, images, name, seed, quick)
     runs = [str(place(args, images, name, args.seeds[0]) / "ckpt.pt") for name in NAMES]
     if all(map(Path.exists, map(Path, runs))):
         sample.main(["--ckpt", *runs, "--steps", "1", "2", "4", "64", "--device", args.device,

@@ -6,8 +6,7 @@
 
 Each run goes to its end without the guard. "By eye" is what was said of its pictures at 2, 4 and 8 steps: good, poor
 (better left undistilled) or lost; experiments/eye.json has it. In the laboratory the distance to the exact distribution
-says it instead. Beside it stand two measures that were tried in place of the mean squared distance, on the last model:
-the same after a small blur, and structural similarity (SSIM).
+says it instead.
 """
 
 import argparse
@@ -17,15 +16,12 @@ from itertools import product
 from pathlib import Path
 
 import lab
-import torch
 from common import ROOT, fid_scores, heading, row, to_the_end, write
-from torch.nn.functional import conv2d
 
 import distill
-from checkpoint import load_model
+from checkpoint import load_checkpoint
 from flags import checkpoint
 from rundir import read_log
-from sample import Sampler
 from scores import MANY, NOISES, fidelity
 
 VERDICTS, SAMPLES = ("good", "poor", "lost", "?"), 256        # for rFID
@@ -36,20 +32,6 @@ RUNS = {                                                      # method, rate, up
     **{f"dsdgl {lr}, D = .98": ("dsdgl", float(lr), 128, ["--target-ema", "0.98"]) for lr in ("3e-5", "7e-5")},
     "shortcut 5e-4": ("shortcut", 5e-4, 600, []),
 }
-
-def blur(x):
-    """The images after [1 2 1] in both directions."""
-    k = torch.tensor([1.0, 2, 1]) / 4
-    return conv2d(x, (k[:, None] * k).expand(x.shape[1], 1, 3, 3), groups=x.shape[1])
-
-def ssim(x, y, side=7, sigma=1.5):
-    """Mean structural similarity (Wang et al. 2004) of images in [-1, 1], with a Gaussian window."""
-    g = torch.exp(-(torch.arange(side) - side // 2) ** 2 / (2 * sigma ** 2))
-    window = (g[:, None] * g / g.sum() ** 2).expand(x.shape[1], 1, side, side)
-    mean = lambda v: conv2d(v, window, groups=x.shape[1])  # noqa: E731
-    mx, my, c1, c2 = mean(x), mean(y), (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    vx, vy, cov = mean(x * x) - mx ** 2, mean(y * y) - my ** 2, mean(x * y) - mx * my
-    return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean().item()
 
 def laboratory(docs):
     """Each method at three rates, 600 updates, judged by the distance to the exact distribution: lost is who is further
@@ -82,7 +64,6 @@ def main(argv=None):
     p.add_argument("--ckpt", default="out/train", help="the model to distil, or its folder (default: out/train)")
     p.add_argument("--data", help="what it was trained on, for pd (default: the built-in pictures)")
     p.add_argument("--runs", nargs="+", choices=RUNS, default=[*RUNS], metavar="RUN")
-    p.add_argument("--eye", default=str(ROOT / "experiments" / "eye.json"), help="{run: good, poor or lost}")
     p.add_argument("--out", default="out/guard", metavar="DIR", help="of the runs (default: %(default)s)")
     p.add_argument("--docs", default="out/guard", metavar="DIR",
                    help="of the table (default: out/guard; those of the docs are in docs)")
@@ -94,7 +75,7 @@ def main(argv=None):
     made = f" --ckpt {args.ckpt} --data {Path(args.data).name}" if args.data else ""
     if args.runs != [*RUNS]:
         made += " --runs " + " ".join(map(shlex.quote, args.runs))
-    eye = json.loads(Path(args.eye).read_text()).get(name_of, {})
+    eye = json.loads((ROOT / "experiments" / "eye.json").read_text()).get(name_of, {})
     def rfid(ckpt):
         scores, _ = fid_scores(Path(ckpt), (2, 4, 8), SAMPLES, data)
         return " ".join(f"{value['rFID']:.3g}" for value in scores.values())
@@ -106,25 +87,19 @@ def main(argv=None):
         to_the_end(distill.main, out, ["--schedule", method, "--lr", str(lr), "--updates", str(updates), "--no-guard",
                                        "--ckpt", args.ckpt, *flags, *reads])
         looks = [e for e in read_log(out) if "fidelity_2" in e]
-        net, state = load_model(out / "ckpt.pt")
-        sampler, r = Sampler(net, state, "cpu", state["args"]["dtype"]), state["reference"]
-        few = [sampler(range(NOISES), n).float().clamp(-1, 1) for n in (2, 4, 8)]
-        last = looks[-1]
+        last, best = looks[-1], load_checkpoint(out / "ckpt.pt")["best"]["step"]
         rows.append([eye.get(name, "?"), name, *(f"{last[f'fidelity_{n}']:.2f}" for n in (2, 4, 8)),
                      f"{min(e[f'fidelity_{n}'] for e in looks for n in (2, 4, 8)):.2f}",
                      f"{max(e[f'contrast_{n}'] for e in looks for n in (2, 4, 8)):.2f}",
-                     f"{state['best']['step']} of {updates}",
-                     rfid(out / "ckpt.pt"), " ".join(f"{fidelity(blur(x), blur(r))[0]:.2f}" for x in few),
-                     " ".join(f"{ssim(x, r.clamp(-1, 1)):.2f}" for x in few)])
+                     f"{best} of {updates}", rfid(out / "ckpt.pt")])
     rows.sort(key=lambda cells: (VERDICTS.index(cells[0]), -float(cells[5])))
     write(Path(args.docs, f"{name_of}.md"), "\n".join([
         f"What runs do to fidelity and contrast (a share of the undistilled model's at {MANY} steps), from one model, "
         f"seed 0, {NOISES} noises (`python experiments/guard.py{made}`), without the guard. Lowest and highest are "
-        f"over all looks at 2, 4 and 8 steps; best update: that of best.pt; blurred: fidelity after a blur of 3x3; "
-        f"SSIM: structural similarity. rFID of {SAMPLES} samples in 2, 4, 8 steps against 2,000 images; "
-        f"undistilled: {was}.", "",
+        f"over all looks at 2, 4 and 8 steps; best update: that of best.pt. rFID of {SAMPLES} samples in 2, 4, 8 "
+        f"steps against 2,000 images; undistilled: {was}.", "",
         heading("by eye", "run", "fidelity 2", "4", "8", "lowest on the way", "highest contrast", "best update",
-                "rFID 2 4 8", "blurred 2 4 8", "SSIM 2 4 8"),
+                "rFID 2 4 8"),
         *(row(name, cells) for name, *cells in rows)]))
 
 if __name__ == "__main__":

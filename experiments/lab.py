@@ -9,17 +9,13 @@ The ideal denoiser of a mixture is a formula, so is its sampling path; the model
 import argparse
 import copy
 import math
-import sys
 import types
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import ROOT, cell, heading, row, write
 from torch import nn
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from common import cell, heading, row, write
 
 import distill
 import train

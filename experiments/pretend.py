@@ -142,7 +142,7 @@ class Rehearsal(Trainer):
             before = self.counter.kernels
         self.counter.waiting = True
 
-    def _means(self, stopped, bar):
+    def _means(self, stopped):
         assert torch.stack(self.pending).shape == (len(self.pending), len(self.names))
         self.pending, self.lines = [], self.lines + 1
         return dict.fromkeys(self.names, 0.0), False

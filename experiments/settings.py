@@ -53,10 +53,11 @@ def make(table):
     finals = {f"{name}, seed {seed}": (name, seed) for seed in table.args.seeds for name in METHODS}
     table.tell_time(table.jobs({figure: ((name,), scoring, 0) for figure, (name, _) in finals.items()}))
     table.made(UNDISTILLED, lambda: dict(scores=table.quick_scores(table.base, STEPS)))
-    for figure, (name, seed) in finals.items():
+    def of_run(name, seed):
         lr = distill.parse_args(METHODS[name][0]).lr
-        table.made(figure, lambda name=name, seed=seed, lr=lr: dict(scores=table.last_scores(
-            table.distilled(f"settings-seed{seed}/{name}", seed, (name, lr)), STEPS)))
+        return dict(scores=table.last_scores(table.distilled(f"settings-seed{seed}/{name}", seed, (name, lr)), STEPS))
+    for figure, (name, seed) in finals.items():
+        table.made(figure, of_run, name, seed)
 
 def page(table):
     """The table in Markdown."""

@@ -95,11 +95,12 @@ def make(table):
     undistilled = source_of(table.args) + UNDISTILLED
     table.tell_time(table.jobs({undistilled: ((), scoring, looks)} | {
         figure: ((name,), scoring, looks) for figure, (name, *_) in finals(table.args).items()}))
-    table.made(undistilled, lambda: scored(table, table.base))
+    def of_run(name, lr, seed):
+        return scored(table, table.run(name, lr, seed), lr=lr)
+    table.made(undistilled, scored, table, table.base)
     rates = table.rates()
     for figure, (name, way, seed) in finals(table.args).items():
-        lr = rates[name if way == OWN else "tsd"]
-        table.made(figure, lambda name=name, lr=lr, seed=seed: scored(table, table.run(name, lr, seed), lr=lr))
+        table.made(figure, of_run, name, rates[name if way == OWN else "tsd"], seed)
     if rates.keys() == METHODS.keys():
         table.draw(rates, "--steps", *map(str, STEPS), "-n", "2")
 

@@ -175,7 +175,8 @@ def test_runs_that_fell_apart_count_against_a_claim(tmp_path):
     values = {"dsdi": [1, 1], "tsd": [2, 2, 2]}
     lines = common.claims_table({"beats": ("dsdi", "tsd")}, [4], figures, lambda name, column: values[name])
     assert lines[-1] == "| beats | undecided |"               # by the two that are left it would hold
-    assert common.unless_broken(lambda: scores.frechet_distance(*[torch.tensor([[float("nan")]])] * 4)) is None
+    assert figures.made("tsd, seed 0", scores.frechet_distance, *[torch.tensor([[float("nan")]])] * 4) is None
+    assert figures.broken("tsd") == 1
 
 @pytest.mark.parametrize("low,high,says", [
     ([1, 2], [3, 4], "holds"), ([3, 4], [1, 2], "does not"), ([1, 3], [2, 4], "undecided"), ([1], [2, 3], "–"),
@@ -192,7 +193,7 @@ def test_guard_and_budgets(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(guard, "RUNS", {"dsdi 1e-3": ("dsdi", 1e-3, 3, P[:4]), "pd 1e-3": ("pd", 1e-3, 3, P[:4])})
     monkeypatch.setattr(guard, "SAMPLES", 8)
     guard.main([*flags, str(tmp_path / "guard"), "--runs", *guard.RUNS])
-    assert len(cells((tmp_path / "guard-faces.md").read_text(), "? | dsdi 1e-3")) == 9
+    assert len(cells((tmp_path / "guard-faces.md").read_text(), "? | dsdi 1e-3")) == 7
     monkeypatch.setattr(budgets, "RATES", {400: dict(tsd=[1e-2, 1e-3])})
     monkeypatch.setattr(budgets, "QuickScore", partial(common.QuickScore, n=8))
     monkeypatch.setattr(budgets, "STEPS", (1, 2, 3, 4, 5))
@@ -200,9 +201,10 @@ def test_guard_and_budgets(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(budgets, "BATCH", 22)                 # so that tsd gets an update for each depth
     budgets.main(call)
     found = json.loads((tmp_path / "budgets.json").read_text())
-    tried = {r["lr"]: math.prod(s for s, _ in r["scores"][:budgets.CHOICE]) for r in found if r["seed"] == 0}
+    runs = {seed: [value for name, value in found.items() if name.endswith(f"seed {seed}")] for seed in (0, 1)}
+    tried = {r["lr"]: math.prod(s for s, _ in r["scores"][:budgets.CHOICE]) for r in runs[0]}
     assert tried.keys() == {1e-2, 1e-3}
-    assert [r["lr"] for r in found if r["seed"] == 1] == [min(tried, key=tried.get)]
+    assert [r["lr"] for r in runs[1]] == [min(tried, key=tried.get)]
     page = (tmp_path / "budgets.md").read_text()
     assert len(cells(page, "undistilled")) == len(cells(page, "method, rate")) == len(budgets.STEPS) + 3
     monkeypatch.setattr("distill.fine_tune", None)            # a run would now be an error
