@@ -1,10 +1,11 @@
 """Which settings of `--schedule shortcut` matter: one changed at a time, half as many updates, on table2.py's model.
 
-    python experiments/settings.py --data celeba-10k.zip   # out/table2: settings.md and .json; 3 hours on an old core
+    python experiments/settings.py --data celeba-10k.zip   # out/table2: settings.md and .json; 8 hours on an old core
     python experiments/settings.py --seeds                 # only the page, of what settings.json has
     python experiments/settings.py --lab                   # in lab.py's plane: settings-lab.md; ten minutes
 
---out docs: the page of the docs. What settings.json has is not made again.
+The last row asks whether many updates and a high rate spoil it. --out docs: the page of the docs. What settings.json
+has is not made again.
 """
 
 from unittest import mock
@@ -29,6 +30,7 @@ SETTINGS = {                                                  # flags beside HAL
     "a rate that stays": ["--lr-end", "5e-4"],
     "a quarter of the own samples": ["--pool", "500"],
     "those in four times the steps": ["--pool", "500", "--steps", "64"],
+    "twice the rate, ten times the default's updates": ["--lr", "1e-3", "--updates", "6000"],
 }
 METHODS = {name: ([*HALF, *flags], None) for name, flags in SETTINGS.items()}      # no search: at their rates
 

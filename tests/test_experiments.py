@@ -120,7 +120,8 @@ def test_claims(place, tmp_path, monkeypatch, capsys):
 
 def test_settings(place, tmp_path, monkeypatch, capsys):
     half = ["--schedule", "shortcut", "--updates", "3", "--warmup", "0", "--pool", "4", *P]
-    methods = {name: ([*half, *flags], None) for name, flags in settings.SETTINGS.items() if "--pool" not in flags}
+    methods = {name: ([*half, *flags], None) for name, flags in settings.SETTINGS.items()
+               if not {"--pool", "--updates"} & {*flags}}
     for name, value in (("BASE", BASE), ("SIZES", {16: ["--size", "8"]}), ("METHODS", methods), ("STEPS", (1, 2))):
         monkeypatch.setattr(settings, name, value)
     figures, page = rehearse(settings, place, tmp_path, monkeypatch, capsys, picture=False)
