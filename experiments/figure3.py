@@ -11,7 +11,6 @@ of samples. What figure3.json has is not made again, and a run that was stopped 
 """
 
 import sys
-from pathlib import Path
 from unittest import mock
 
 from common import (
@@ -125,9 +124,9 @@ def make(args, figures):
         quick = QuickScore(args.data, given.size, given.crop, args.n)
     for name, seed in missing:
         figures.made(f"{images}, {name}, seed {seed}", made, args, images, name, seed, quick)
-    runs = [str(place(args, images, name, args.seeds[0]) / "ckpt.pt") for name in NAMES]
-    if all(map(Path.exists, map(Path, runs))):
-        sample.main(["--ckpt", *runs, "--steps", "1", "2", "4", "64", "--device", args.device,
+    runs = [place(args, images, name, args.seeds[0]) / "ckpt.pt" for name in NAMES]
+    if here := [str(run) for run in runs if run.exists()]:
+        sample.main(["--ckpt", *here, "--steps", "1", "2", "4", "64", "--device", args.device,
                      "--out", str(args.out / f"figure3-{file_name(images)}.png")])
 
 def page(args, figures):
@@ -155,7 +154,8 @@ def page(args, figures):
 
 def draw(found, sets, path):
     """Scores against updates, a line for each seed in its training's colour."""
-    figure, axes = plt.subplots(len(sets), len(SCORED), figsize=(5 * len(SCORED), 3.5 * len(sets)), squeeze=False)
+    figure, axes = plt.subplots(len(sets), len(SCORED), figsize=(5 * len(SCORED), 3.5 * len(sets)), squeeze=False,
+                                layout="constrained")
     for (images, name), runs in found.items():
         if name in AFTER:
             continue
@@ -166,7 +166,7 @@ def draw(found, sets, path):
             axis.set(yscale="log", xlabel="updates", title=f"{images}: quick score at {SCORED[i]} steps")
             plain_numbers(axis.yaxis)
     axes[0][-1].legend()
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 def main(argv=None):
