@@ -99,6 +99,8 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
     except FileNotFoundError:
         raise CheckpointError(f"error: no checkpoint at {path}; to make one: python train.py --distill 0.15") from None
+    except OSError as e:
+        raise CheckpointError(f"error: can't read {path} ({e.strerror or e})") from None
     except Exception as e:  # torch raises half a dozen types here, all meaning the same to a user
         raise CheckpointError(f"error: {path} is no readable checkpoint ({type(e).__name__}): damaged, or with more in "
                               f"it than tensors and plain values") from None

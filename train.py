@@ -213,8 +213,9 @@ def main(argv=None):
         train_shortcut(trainer, stream, args.distill, args.guidance)
     else:
         train(trainer, stream, args.distill)
-    pictures = f" and {trainer.out}/samples-{trainer.step:06d}.png" if args.sample_every else ""
-    print(f"done: {trainer.ckpt}{pictures}; few-step samples side by side: python sample.py --ckpt {trainer.ckpt}")
+    picture = trainer.out / f"samples-{trainer.step:06d}.png"
+    print(f"done: {trainer.ckpt}{f' and {picture}' if picture.exists() else ''}; few-step samples side by side: "
+          f"python sample.py --ckpt {trainer.ckpt}")
 
 if __name__ == "__main__":
     launch(main)

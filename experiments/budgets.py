@@ -56,32 +56,35 @@ def main(argv=None):
                    help="evaluations (default: 1e4 1e5; 1e6 is for a GPU)")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one chooses the rate")
-    p.add_argument("--out", default="out/budgets", metavar="DIR", help="of the runs (default: %(default)s)")
-    p.add_argument("--docs", default="out/budgets", metavar="DIR", help="of the table (default: %(default)s)")
+    p.add_argument("--runs", default="out/budgets", metavar="DIR", help="for the runs (default: %(default)s)")
+    p.add_argument("--out", default="out/budgets", metavar="DIR", help="for the table (default: %(default)s)")
     args = p.parse_args(argv)
     ckpt = str(Path(args.ckpt) / "ckpt.pt") if Path(args.ckpt).is_dir() else args.ckpt
     state, lines = load_checkpoint(ckpt), []
     origin = trained_on(state)
     score, device = QuickScore(args.data or origin["data"], state["shape"][1], origin["crop"]), pick_device()
-    figures = Figures(Path(args.docs, "budgets.json"), dict(base=file_hash(ckpt, 8)), Path(args.out))
+    about = dict(base=file_hash(ckpt, 8), data=score.data.folder.name, samples=score.n)
+    figures = Figures(Path(args.out, "budgets.json"), about, Path(args.runs))
 
     def run(method, budget, lr, seed):
-        """What is known of a run, made if need be."""
+        """What is known of a run, made if need be: None if it fell apart."""
         def make():
             flags, count = flags_of(method, budget, lr, seed, ckpt, args.data)
             to_the_end(distill.main, out, flags)
             return dict(lr=lr, evaluations=count, scores=score.of_file(out / "ckpt.pt", STEPS, device),
                         seconds=round(seconds(out, BATCH)))
-        out = Path(args.out) / file_hash(ckpt, 8) / f"{method}-{budget:g}-{lr:g}-{seed}"
+        out = Path(args.runs) / file_hash(ckpt, 8) / f"{method}-{budget:g}-{lr:g}-{seed}"
         return figures.made(f"{method}, {budget:g}, {lr:g}, seed {seed}", make)
 
     undistilled = figures.made("undistilled", score.of_file, Path(ckpt), STEPS, device)
     lines.append(row("undistilled", pairs([undistilled]), "", "", ""))
     for budget in args.budgets:
         for method in args.methods:
-            tried = [run(method, budget, lr, args.seeds[0]) for lr in RATES[budget][method]]
+            tried = [r for lr in RATES[budget][method] if (r := run(method, budget, lr, args.seeds[0]))]
+            if not tried:
+                continue
             best = min(tried, key=lambda r: math.prod(s for s, _ in r["scores"][:CHOICE]))
-            same = [best, *(run(method, budget, best["lr"], seed) for seed in args.seeds[1:])]
+            same = [best, *(r for s in args.seeds[1:] if (r := run(method, budget, best["lr"], s)))]
             for r in tried:
                 if r is not best:
                     lines.append(line(f"{method}, {r['lr']:g}", [r], budget))
@@ -91,7 +94,7 @@ def main(argv=None):
                 f"and contrast (of the data: {score.contrast:.3f}). Bold: the best rate of a method, chosen by seed "
                 f"{args.seeds[0]};", "mean and half the range over seeds. Seconds of updates.", "",
                 heading("method, rate", *STEPS, "budget", "seeds", "seconds"), *lines])
-            write(Path(args.docs, "budgets.md"), text)
+            write(Path(args.out, "budgets.md"), text)
 
 if __name__ == "__main__":
     main()

@@ -93,7 +93,7 @@ def make(table):
         figure: ((name,), scoring, 0) for figure, (name, _) in finals.items()}))
     def of_run(name, seed):
         return scored(table, table.run(name, rates[name], seed), guidance(name), lr=rates[name])
-    table.made(UNDISTILLED, scored, table, table.base, GUIDANCE)
+    table.made(UNDISTILLED, lambda: scored(table, table.base, GUIDANCE))
     rates = table.rates()
     for figure, (name, seed) in finals.items():
         table.made(figure, of_run, name, seed)

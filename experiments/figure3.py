@@ -125,8 +125,8 @@ def make(args, figures):
     for name, seed in missing:
         figures.made(f"{images}, {name}, seed {seed}", made, args, images, name, seed, quick)
     runs = [place(args, images, name, args.seeds[0]) / "ckpt.pt" for name in NAMES]
-    if here := [str(run) for run in runs if run.exists()]:
-        sample.main(["--ckpt", *here, "--steps", "1", "2", "4", "64", "--device", args.device,
+    if all(run.exists() for run in runs):
+        sample.main(["--ckpt", *map(str, runs), "--steps", "1", "2", "4", "64", "--device", args.device,
                      "--out", str(args.out / f"figure3-{file_name(images)}.png")])
 
 def page(args, figures):

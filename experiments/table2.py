@@ -97,7 +97,7 @@ def make(table):
         figure: ((name,), scoring, looks) for figure, (name, *_) in finals(table.args).items()}))
     def of_run(name, lr, seed):
         return scored(table, table.run(name, lr, seed), lr=lr)
-    table.made(undistilled, scored, table, table.base)
+    table.made(undistilled, lambda: scored(table, table.base))
     rates = table.rates()
     for figure, (name, way, seed) in finals(table.args).items():
         table.made(figure, of_run, name, rates[name if way == OWN else "tsd"], seed)

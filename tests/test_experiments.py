@@ -190,15 +190,16 @@ def test_guard_and_budgets(tmp_path, monkeypatch, capsys):
     data = labelled_images(tmp_path / "data", 20)
     monkeypatch.setenv("DSD_CACHE", str(tmp_path / "cache"))
     train.main([*BASE, "--data", data, "--out", str(tmp_path / "base")])
-    flags = ["--ckpt", str(tmp_path / "base"), "--data", data, "--docs", str(tmp_path), "--out"]
+    flags = ["--ckpt", str(tmp_path / "base"), "--data", data]
     monkeypatch.setattr(guard, "RUNS", {"dsdi 1e-3": ("dsdi", 1e-3, 3, P[:4]), "pd 1e-3": ("pd", 1e-3, 3, P[:4])})
     monkeypatch.setattr(guard, "SAMPLES", 8)
-    guard.main([*flags, str(tmp_path / "guard"), "--runs", *guard.RUNS])
+    guard.main([*flags, "--docs", str(tmp_path), "--out", str(tmp_path / "guard"), "--runs", *guard.RUNS])
     assert len(cells((tmp_path / "guard-faces.md").read_text(), "? | dsdi 1e-3")) == 7
     monkeypatch.setattr(budgets, "RATES", {400: dict(tsd=[1e-2, 1e-3])})
     monkeypatch.setattr(budgets, "QuickScore", partial(common.QuickScore, n=8))
     monkeypatch.setattr(budgets, "STEPS", (1, 2, 3, 4, 5))
-    call = [*flags, str(tmp_path / "budgets"), "--budgets", "400", "--methods", "tsd", "--seeds", "0", "1"]
+    call = [*flags, "--out", str(tmp_path), "--runs", str(tmp_path / "budgets"), "--budgets", "400", "--methods", "tsd",
+            "--seeds", "0", "1"]
     monkeypatch.setattr(budgets, "BATCH", 22)                 # so that tsd gets an update for each depth
     budgets.main(call)
     found = json.loads((tmp_path / "budgets.json").read_text())
