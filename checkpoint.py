@@ -73,7 +73,7 @@ def claimed(path, folder=True):
     if not folder:
         path.touch()
     with contextlib.ExitStack() as held:
-        with contextlib.suppress(ImportError, OSError):       # on Windows, or a file system that has no locks
+        with contextlib.suppress(ImportError):                # on Windows, which has other locks
             import fcntl
             handle = os.open(path, os.O_RDONLY)
             held.callback(os.close, handle)
@@ -81,6 +81,8 @@ def claimed(path, folder=True):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 sys.exit(f"error: another process is writing into {path}: wait for it, or choose another place")
+            except OSError:                                   # on a file system that has no locks
+                pass
         yield
 
 def save_checkpoint(path, state):

@@ -124,13 +124,13 @@ class Figures:
             sys.exit(f"error: {self.path} has other figures ({found['about']}, not {self.about}): choose another --out")
         self.values |= found
 
-    def made(self, name, make, *args, **settings):
-        """The figure of this name, by make(*args, **settings) if it is not there: None where that ends in values that
-        are not finite."""
+    def made(self, name, make, *args):
+        """The figure of this name, by make(*args) if it is not there: None where that ends in values that are not
+        finite."""
         self.read()
         if name not in self.values:
             try:
-                value = make(*args, **settings)
+                value = make(*args)
             except (SystemExit, ValueError) as e:             # a score of such samples is a ValueError
                 if "not finite" not in str(e):
                     raise

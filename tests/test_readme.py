@@ -47,7 +47,7 @@ def test_every_command_of_an_experiment_parses(script, flags, monkeypatch):
     with pytest.raises(InterruptedError):
         importlib.import_module(script).main(shlex.split(flags))
 
-@pytest.mark.parametrize("name", ["table2", "classes", "claims", "figure3"])
+@pytest.mark.parametrize("name", ["table2", "classes", "claims", "figure3", "settings"])
 def test_a_page_of_the_docs_is_what_its_figures_give(name, tmp_path):
     shutil.copy(ROOT / "docs" / f"{name}.json", tmp_path)
     importlib.import_module(name).main(["--seeds", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
