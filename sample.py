@@ -120,34 +120,41 @@ class Samples:
 
     A PNG file is whole or not there. An npz is made when all its pixels are there, in a raw file. So what exists counts
     as done. A note of the settings lies with it, so that samples of two kinds never mix: exits if there are others that
-    may not be overwritten, or images that this script did not make. For rank 0 alone."""
+    may not be overwritten, or images that this script did not make. Those that may, go when new ones are drawn: a model
+    that can't draw, for want of memory say, loses nothing. For rank 0 alone."""
 
     def __init__(self, path, n, sampler, settings, overwrite):
         self.path, self.n, self.sampler = path, n, sampler
         self.raw = Path(f"{path}.raw") if path.suffix == ".npz" else None
-        note = Path(f"{path}.json") if self.raw else path / "settings.json"
-        settings |= {"n": n} if self.raw else {}              # a folder may grow later, an npz can't
+        self.note = Path(f"{path}.json") if self.raw else path / "settings.json"
+        self.settings = settings | ({"n": n} if self.raw else {})       # a folder may grow later, an npz can't
         found = list(self._pngs().values())
         if self.raw:                                          # the lock makes an empty one
             found = [f for f in (path, self.raw) if f.exists() and f.stat().st_size]
         noted = {}
         with contextlib.suppress(OSError, ValueError, TypeError):
-            noted = dict(json.loads(note.read_text()))
-        others = [k for k in settings if noted.get(k) != settings[k]]
-        if (found or note.exists()) and "ckpt" not in noted:
-            sys.exit(f"error: {path} holds images, or {note.name}, that sample.py did not write; choose another --save")
+            noted = dict(json.loads(self.note.read_text()))
+        others = [k for k, value in self.settings.items() if noted.get(k) != value]
+        if (found or self.note.exists()) and "ckpt" not in noted:
+            sys.exit(f"error: {path} holds images, or {self.note.name}, that sample.py did not write; "
+                     f"choose another --save")
         if found and others and not overwrite:
             sys.exit(f"error: {path} holds samples made with another {', '.join(others)}; "
                      f"choose another --save, or --overwrite them")
         if not self.raw and max(self._pngs(), default=0) >= n and not overwrite:
             sys.exit(f"error: {path} holds {len(found)} samples, more than -n {n}; --overwrite them, or ask for more")
-        for file in found if overwrite else []:
+        self.old, self.begun = found if overwrite else [], False
+
+    def _begin(self):
+        """The old samples go, and then the note is written, which vouches for all that is there."""
+        for file in self.old:
             if file == self.raw:
                 os.truncate(file, 0)                          # the lock is on this very file
             else:
                 file.unlink()
-        with whole_file(note) as tmp:                         # after the old files: it vouches for all that is there
-            tmp.write_text(json.dumps(settings, indent=1))
+        with whole_file(self.note) as tmp:
+            tmp.write_text(json.dumps(self.settings, indent=1))
+        self.old, self.begun = [], True
 
     def _pngs(self):
         """{number: file} of the images that are there, under the names that this script gives."""
@@ -155,6 +162,8 @@ class Samples:
 
     def missing(self):
         """The numbers of the images to draw, in order."""
+        if self.old:
+            return list(range(self.n))
         if not self.raw:
             return sorted(set(range(self.n)) - self._pngs().keys())
         size = self.raw.stat().st_size if self.raw.exists() else 0
@@ -163,6 +172,8 @@ class Samples:
 
     def write(self, indices, pixels):
         """Keep pixels (B, H, W, 3) uint8 as the images number `indices`, the next of those missing."""
+        if not self.begun:
+            self._begin()
         if not self.raw:
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL compresses without the interpreter lock
                 list(pool.map(self._write_png, indices, pixels))

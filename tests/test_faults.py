@@ -161,14 +161,16 @@ def test_the_lock_stays_on_the_file_that_an_overwriting_saver_writes(ckpt, tmp_p
     flags = ["--ckpt", str(ckpt), "--steps", "1", "-n", "8", *CPU, "--save", str(tmp_path / "x.npz")]
     (tmp_path / "x.npz.raw").write_bytes(b"of a killed run")
     (tmp_path / "x.npz.json").write_text('{"ckpt": "another"}')
+    original = sample.Samples.write
     def write(self, indices, pixels):
+        original(self, indices, pixels)
         with exits("another process is writing"), claimed(self.raw, folder=False):
             pass
-        assert not self.raw.stat().st_size
+        assert self.raw.stat().st_size == pixels.nbytes
         raise KeyboardInterrupt
     monkeypatch.setattr(sample.Samples, "write", write)
     with pytest.raises(SystemExit) as e:
-        sample.main([*flags, "--overwrite"])
+        sample.main([*flags, "--batch", "4", "--overwrite"])
     assert e.value.code == 130
 
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="asks Linux who is still there")

@@ -1,6 +1,7 @@
 """sample.py from its command line, on a tiny untrained model with its zero layers filled."""
 
 import json
+import math
 import signal
 import time
 from dataclasses import asdict
@@ -208,6 +209,22 @@ def test_samples_of_other_settings_are_not_mixed(ckpt, tmp_path):
     with pytest.raises(SystemExit, match="made with another ckpt"):
         make_checkpoint(tmp_path / "ckpt.pt", classes=3)
         script.main([*args, "4"])
+
+def test_samples_are_overwritten_when_there_are_new_ones(ckpt, tmp_path, monkeypatch):
+    for target, kept in (("png", "png/00001.png"), ("x.npz", "x.npz")):
+        args = [*ckpt, "-n", "2", "--save", str(tmp_path / target), "--steps"]
+        script.main([*args, "2"])
+        old = (tmp_path / kept).read_bytes()
+        with monkeypatch.context() as broken:
+            broken.setattr("sample.ddim_sample", lambda xhat, z, *more: z * math.nan)
+            with pytest.raises(SystemExit, match="not finite"):
+                script.main([*args, "4", "--overwrite"])
+        assert (tmp_path / kept).read_bytes() == old
+        with pytest.raises(SystemExit, match="made with another steps"):
+            script.main([*args, "4"])                                   # they are still those of two steps
+        script.main([*args, "4", "--overwrite"])
+        assert (tmp_path / kept).read_bytes() != old
+        script.main([*args, "4"])                                       # nothing to do
 
 def test_a_folder_of_foreign_images_is_refused(ckpt, tmp_path):
     (tmp_path / "mine").mkdir()
