@@ -18,7 +18,7 @@ def main(argv=None):
     p.add_argument("--updates", type=int, default=4000, metavar="P", help="updates in all (default: 4000)")
     p.add_argument("--steps", type=int, default=64, metavar="N", help="start depth (default: 64)")
     p.add_argument("--out", default="out/figure4.png", metavar="PNG",
-                   help="the picture (default: %(default)s; that of the docs is docs/figure4.png)")
+                   help="the picture (default: %(default)s)")
     given = p.parse_args(argv)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for i, name in enumerate(name for name, method in METHODS.items() if not method.shortcut):

@@ -31,7 +31,7 @@ from common import (
 import distill
 
 BASE = ["--crop", "0.787", "--updates", "4000", "--ema", "0.998", "--lr-end", "1e-5", "--sample-every", "0"]
-SIZES = {16: ["--size", "16"], 32: ["--size", "32", "--model", "small32"]}
+SIZES = {16: ["--size", "16"], 32: ["--size", "32", "--model", "small32", "--updates", "6000"]}
 P = ["--updates", "128", "--batch", "32"]
 STEADIED = ["--schedule", "dsdgl", "--target-ema", "0.98", *P]
 METHODS = {                                                   # flags, and the rate to begin the search at
