@@ -14,7 +14,8 @@ denoiser. A share of the rows of each batch learns to jump, the others learn fro
 
 It is Equation 1 with another second term. In training, b is the share over the whole run: no row jumps in the first
 half, as nothing is known yet to jump to, and 2b of them do in the second, with three times the weight. N steps are
-sampled with d = 1/N. In fine-tuning the other rows learn from the undistilled model, whose targets have no noise.
+sampled with d = 1/N, or with two lengths (ddim.jump_times). In fine-tuning the other rows learn from the undistilled
+model, whose targets have no noise.
 
 Relatives: shortcut models (Frans et al. 2024), whose loss this is, but for the schedule and the real d; TRACT
 (Berthelot et al. 2023): this x'' with an average as the teacher, and no d; flow-map self-distillation (Boffi et al.
@@ -32,10 +33,8 @@ import torch
 
 from checkpoint import naming
 from data import Images, mapped
-from ddim import ddim_target, to_x
+from ddim import LEVELS, ddim_target, to_x
 from runtime import broadcast, local_rows, log_stderr, map_over_ranks, progress, rank
-
-LEVELS = 7                # d = 2^-k for k < LEVELS: 1, 1/2 … 1/64
 
 # ---- the loss -----------------------------------------------------------------------------------------------
 def to_v(xhat, out, z, a, s):

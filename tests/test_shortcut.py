@@ -108,9 +108,11 @@ def test_an_update_is_the_formula(anchored, weight):
                                          hat(anchor) if anchored else None, weight=weight)
     assert_close(loss, want)
     assert_close(terms["v"] + weight * terms["jump"], loss)
+    for other in (average, anchor):                           # targets are detached
+        gradients = torch.autograd.grad(loss, other.parameters(), allow_unused=True, retain_graph=True)
+        assert all(g is None for g in gradients)
     ours, theirs = (torch.autograd.grad(v, net.parameters()) for v in (loss, want))
     assert_close(ours, theirs)
-    assert all(p.grad is None for other in (average, anchor) for p in other.parameters())
 
 @pytest.mark.parametrize("kind", ["eps", "x"])
 def test_other_predictions_have_the_loss_of_their_v(kind):
@@ -156,22 +158,25 @@ def test_times_of_jumps_are_on_the_grid_of_their_length_and_end_at_0_or_above():
         assert len(counts) == 1 / length and counts.min() > 0.5 * counts.float().mean()
 
 # ---- the network ------------------------------------------------------------------------------------------
-def test_a_network_takes_the_path_on_and_nothing_changes_until_it_is_trained():
+@pytest.mark.parametrize("config", [{}, dict(classes=4, context_dim=8, attention=[1])])
+def test_a_network_takes_the_path_on_and_nothing_changes_until_it_is_trained(config):
+    """Also one of LDM's kind, with a label that is looked up as a context."""
     torch.manual_seed(0)
-    net = UNet(UNetConfig(**TINY))
+    net = UNet(UNetConfig(**TINY | config))
     for p in net.parameters():                                # no layer at zero
         p.data += 0.1 * torch.randn_like(p)
     z, t, d = torch.randn(4, 3, 8, 8), torch.rand(4), torch.tensor([0.0, 0.3, 1.0, 1 / 64])
-    before = net(z, t)
+    y = torch.arange(4) if config else None
+    before = net(z, t, y)
     with pytest.raises(ValueError, match="takes no step length"):
-        net(z, t, d=d)
+        net(z, t, y, d=d)
     net.add_step_length()
-    assert net.config.step_length and torch.equal(net(z, t, d=d), before)
+    assert net.config.step_length and torch.equal(net(z, t, y, d=d), before)
     nn.init.normal_(net.length_out.weight)
-    after = net(z, t, d=d)
-    assert torch.equal(after[0], before[0]) and torch.equal(net(z, t), before)
+    after = net(z, t, y, d=d)
+    assert torch.equal(after[0], before[0]) and torch.equal(net(z, t, y), before)
     assert all(not torch.allclose(a, b) for a, b in zip(after[1:], before[1:], strict=True))
-    assert torch.equal(net(z, t, d=0.3)[1], after[1])         # one length for all, as sampling gives it
+    assert torch.equal(net(z, t, y, d=0.3)[1], after[1])         # one length for all, as sampling gives it
 
 def test_the_same_seed_gives_both_networks_the_same_weights():
     weights = []
@@ -181,15 +186,29 @@ def test_the_same_seed_gives_both_networks_the_same_weights():
     assert same(weights[0], {k: v for k, v in weights[1].items() if not k.startswith("length")})
 
 @pytest.mark.parametrize("schedule", [Cosine(), LDMDistilled()])
-@pytest.mark.parametrize("steps", [1, 3, 4, 8])
-def test_n_steps_are_n_evaluations_told_1_over_n(schedule, steps):
+@pytest.mark.parametrize("steps,lengths", [
+    (1, [1.0]), (4, [1 / 4] * 4), (8, [1 / 8] * 8), (64, [1 / 64] * 64),
+    (3, [1 / 4] * 2 + [1 / 2]), (6, [1 / 8] * 4 + [1 / 4] * 2), (63, [1 / 64] * 62 + [1 / 32]), (100, [1 / 100] * 100),
+])
+def test_n_steps_are_n_evaluations_told_lengths_that_were_learned(schedule, steps, lengths):
+    """d = 1/N, or two lengths: always at places where training has those. What is shorter than all is told as 0."""
     seen = []
     def net(z, t, d):
         seen.append((t, d))
         return 0 * z
     ddim_sample(Denoiser(net, schedule, "x", lengths=True), torch.randn(SHAPE), steps)
-    assert_close([d for _, d in seen], [1 / steps] * steps)
-    assert [t for t, _ in seen] == [schedule.shown(t) for t in schedule.equal_times(steps)[:-1]]
+    assert_close([d for _, d in seen], [d if steps <= 64 else 0.0 for d in lengths])
+    at = 1 - np.cumsum([0, *lengths[:-1]])
+    assert_close([t for t, _ in seen], [schedule.shown(float(t)) for t in at])
+    if steps <= 64:
+        assert all((t / d) % 1 == 0 for t, d in zip(at, lengths, strict=True))
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 6, 12, 20, 63])
+def test_any_number_of_steps_is_exact_where_jumps_are(steps):
+    """Of a network that knows the flow, data N(0.3, 0.5²)."""
+    torch.manual_seed(0)
+    z, xhat = torch.randn(64, 3, 1, 1).double(), Denoiser(GaussianFlow(), Cosine(), lengths=True)
+    assert_close(ddim_sample(xhat, z, steps), 0.3 + 0.5 * z, atol=1e-6, rtol=0)
 
 # ---- runs -------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
@@ -208,15 +227,18 @@ def test_training_learns_to_jump_and_goes_on(small_run, tmp_path, monkeypatch):
     whole = load_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert whole["config"]["step_length"] and whole["weights"]["length_out.weight"].any()
     assert [e["jump"] > 0 for e in log_of(tmp_path / "out")] == [False] * 5 + [True] * 5      # in the second half
+    for e in log_of(tmp_path / "out"):
+        assert_close(e["loss"], e["v"] + 3 * e["jump"], rtol=1e-4, atol=0)    # with three times the weight
     real, calls = shortcut.shortcut_loss, []
     def stops(*args, **kw):
-        calls.append(1)
+        calls.append(len(args[7]))
         if len(calls) == 8:
             raise RuntimeError("power cut")
         return real(*args, **kw)
     with monkeypatch.context() as m, pytest.raises(RuntimeError, match="power cut"):
         m.setattr(shortcut, "shortcut_loss", stops)
         train.main([*flags, "--updates", "10", "--overwrite"])
+    assert calls == [0] * 5 + [4] * 3                         # none of 8 rows, then twice the share of 0.25
     train.main(["--resume", "--out", str(tmp_path / "out")])
     again = load_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert same(whole["weights"], again["weights"]) and same(whole["ema"], again["ema"])
@@ -269,7 +291,7 @@ def test_data_with_other_classes_is_refused(small_run, trained, tmp_path):
         distill.main([*flags, "--data", labelled_images(tmp_path / "others", classes="ac")])
     distill.main([*flags, "--data", labelled_images(tmp_path / "same", classes="ab")])
 
-def test_drawing_that_was_killed_goes_on_and_so_does_the_run(trained, tmp_path):
+def test_drawing_that_was_killed_goes_on_and_so_does_the_run(trained, tmp_path, monkeypatch):
     flags = [*trained, "--pool", "80", "--steps", "16", "--updates", "6", "--save-every", "3", "--sample-every", "0"]
     child = start("distill.py", *flags, "--out", tmp_path / "cut")
     def part():
@@ -279,9 +301,14 @@ def test_drawing_that_was_killed_goes_on_and_so_does_the_run(trained, tmp_path):
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    before = part().stat().st_size
-    assert before < 80 * 2 * 3 * 64
+    before = part().stat().st_size // (2 * 3 * 64)
+    assert before < 80
+    real, drawn = sample.Sampler.draw, []
+    monkeypatch.setattr(sample.Sampler, "draw", lambda self, numbers, steps: (
+        drawn.extend(numbers), real(self, numbers, steps))[1])
     distill.main([*flags, "--out", str(tmp_path / "cut")])
+    first = min(number for number in drawn if number >= shortcut.OwnSamples.FIRST)
+    assert first == shortcut.OwnSamples.FIRST + before        # not those that were there
     distill.main([*flags, "--out", str(tmp_path / "whole")])
     pools = [next((tmp_path / out).glob("pool-*")) for out in ("cut", "whole")]
     assert pools[0].name == pools[1].name and pools[0].suffix == ".f16"
