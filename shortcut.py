@@ -19,7 +19,7 @@ model, whose targets have no noise.
 
 Relatives: shortcut models (Frans et al. 2024), whose loss this is, but for the schedule and the real d; TRACT
 (Berthelot et al. 2023): this x'' with an average as the teacher, and no d; flow-map self-distillation (Boffi et al.
-2025); MeanFlow (Geng et al. 2025).
+2025); MeanFlow (Geng et al. 2025); Align Your Flow (Sabour et al. 2025).
 """
 
 import hashlib
