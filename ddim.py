@@ -202,6 +202,7 @@ def ddim_target(xhat, z, x1, t, t1, t2, target="ddim", **cond):
 
 # ---- sampling -----------------------------------------------------------------------------------------
 LEVELS = 7                # a network that is told d has learned d = 2^-k for k < LEVELS: 1, 1/2 … 1/64 (shortcut.py)
+SHORTEST = 0.5 ** (LEVELS - 1)
 
 def start_noise(seed, indices, shape):
     """Noise z_1 ~ N(0, I) to start images number `indices` from: (len(indices), *shape), float32, on the CPU.
@@ -214,9 +215,9 @@ def jump_times(steps):
     """The N + 1 times of N steps of such a network, at places and of lengths that it has learned.
 
     Where N is no power of two they are of two lengths, the shorter ones first: 3 steps are of 1/4, 1/4 and 1/2. More
-    than 64 are equal, and too short to be told."""
+    than 64 are equal."""
     times = Schedule.equal_times(steps)
-    if steps > 2 ** (LEVELS - 1):
+    if steps * SHORTEST > 1:
         return times
     long = 2 ** (steps.bit_length() - 1)                      # so many long steps, 2 (N − long) halves in their place
     halves, short = Schedule.equal_times(2 * long), 2 * (steps - long)
@@ -227,8 +228,7 @@ def ddim_sample(xhat, z, steps, y=None, w=1.0):
     """Deterministic DDIM from noise z (B, C, H, W) in exactly `steps` network evaluations. Returns x (B, C, H, W).
 
     The same z gives the same picture, in fewer steps a more blurred one. A network that is told the length of its steps
-    gets d = t − t', or 0 if that is shorter than what it has learned: see `jump_times`."""
+    gets d = t − t', or the shortest that it has learned: see `jump_times`."""
     for t, t1 in pairwise(jump_times(steps) if xhat.lengths else xhat.schedule.times(steps)):
-        d = t - t1 if steps <= 2 ** (LEVELS - 1) else 0.0
-        z = ddim_step(xhat.schedule, z, xhat(z, t, y, w, d), t, t1)
+        z = ddim_step(xhat.schedule, z, xhat(z, t, y, w, max(t - t1, SHORTEST)), t, t1)
     return z
