@@ -140,11 +140,13 @@ def page(args, figures):
     lines = [f"`python experiments/figure3.py`: {figures}. Quick score at N steps: mean of seeds of training ± half "
              f"their range, and contrast. The numbers of updates are such that all but the fourth "
              f"should take about the same time (docs/scaling.md). Evaluations: images through the "
-             f"network, with a gradient or without.", "",
+             f"network, with a gradient or without. Seconds: of the updates, least and most of the seeds, beside "
+             f"other programs.", "",
              "![scores against updates](figure3.png)"]
     for images in sets:
-        lines += ["", f"**{images}**", "", heading("", "seeds", *STEPS, "evaluations")]
-        lines += [row(name, [f"{len(runs)}", *pairs([run["last"] for run in runs])], f"{runs[0]['evaluations']:,.0f}")
+        lines += ["", f"**{images}**", "", heading("", "seeds", *STEPS, "evaluations", "seconds")]
+        lines += [row(name, [f"{len(runs)}", *pairs([run["last"] for run in runs])], f"{runs[0]['evaluations']:,.0f}",
+                      " to ".join(f"{most(run['seconds'] for run in runs):,}" for most in (min, max)))
                   for (other, name), runs in found.items() if other == images]
         def values(row, steps):
             return [run["last"][STEPS.index(steps)][0] for run in figures.of_seeds(row)]
