@@ -58,6 +58,7 @@ KINDS = {
     "plain": dict(share=1.2, evaluations=1, flags=["--distill", "0", *TRAIN]),
     "Equation 1": dict(share=1, evaluations=2, flags=["--distill", "0.15", *TRAIN]),
     "shortcut": dict(share=1.07, evaluations=1.5, flags=["--distill", "0.25", "--shortcut", *TRAIN]),
+    "shortcut, b = 0.125": dict(share=1.07, evaluations=1.25, flags=["--distill", "0.125", "--shortcut", *TRAIN]),
 }
 # Fine-tuning takes the time of 1,233 updates of plain training, its own samples included: 118,400 evaluations, of which
 # a backward pass makes two. So the second of these takes as long as one of the trainings.
@@ -69,6 +70,8 @@ NAMES = [*KINDS, *AFTER]
 CLAIMS = {
     "Equation 1 beats plain training": ("Equation 1", "plain"),
     "--shortcut beats plain training": ("shortcut", "plain"),
+    "--shortcut, b = 0.125, beats plain training": ("shortcut, b = 0.125", "plain"),
+    "--shortcut, b = 0.125, beats b = 0.25": ("shortcut, b = 0.125", "shortcut"),
     "fine-tuning by shortcut helps": ("plain, then shortcut", "plain"),
     "fine-tuning by shortcut helps, both in the time of one training": ("both in the time of one", "plain"),
     "--shortcut beats fine-tuning in the time of one training": ("shortcut", "both in the time of one"),
@@ -138,7 +141,7 @@ def page(args, figures):
     sets = [images for images in SETS if any(other == images for other, _ in found)]
     draw(found, sets, args.out / "figure3.png")
     lines = [f"`python experiments/figure3.py`: {figures}. Quick score at N steps: mean of seeds of training ± half "
-             f"their range, and contrast. The numbers of updates are such that all but the fourth "
+             f"their range, and contrast. The numbers of updates are such that all but *{[*AFTER][0]}* "
              f"should take about the same time (docs/scaling.md). Evaluations: images through the "
              f"network, with a gradient or without. Seconds: of the updates, least and most of the seeds, beside "
              f"other programs.", "",
