@@ -108,7 +108,8 @@ class LDMDiscrete(Schedule):
         return [(i - 1) / steps + 1 / self.length for i in range(steps, 0, -1)] + [0.0]
 
 class LDMDistilled(LDMDiscrete):
-    """The same for a distilled model, which is sampled where it has learned its jumps: at t_i = i / N for every N."""
+    """The same for a distilled model, which is sampled where it has learned its jumps: at t_i = i / N for every N,
+    or at `jump_times`."""
 
     def times(self, steps):
         super().times(steps)                                  # the same limits

@@ -218,7 +218,8 @@ def save_images(sampler, steps, n, batch, samples):
                 samples.write(indices, pixels)
                 bar.update(len(indices))
     except KeyboardInterrupt:
-        print(f"stopped with {bar.n:,} of {n:,} images; the same command, without --overwrite, goes on")
+        spared = ", without --overwrite," if samples and samples.begun else ""
+        print(f"stopped with {bar.n:,} of {n:,} images; the same command{spared} goes on")
         sys.exit(130)
 
 # ---- command line ---------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Figure 3: does self-distillation help while a model is trained? Scores along the run, and at its end in all steps.
 
-    python experiments/figure3.py                                  # built-in pictures; 6 hours on an old core
+    python experiments/figure3.py                                  # built-in pictures; 8 hours on an old core
     python experiments/figure3.py --data celeba-10k.zip            # faces of 16x16, for the same page; as long
     python experiments/figure3.py --data celeba-10k.zip --size 32  # of 32x32: four times as long
     python experiments/figure3.py --seeds 1                        # elsewhere: of one seed
@@ -51,8 +51,9 @@ SETS = {                                                      # flags of trainin
     "faces, 16x16": (FACES + SIZES[16], 2000),
     "faces, 32x32": (FACES + SIZES[32], 3000),
 }
-# The share of updates with which the trainings take the same time. Evaluations for each image of a batch: one with a
-# gradient and, of Equation 1, one more; two for each row that jumps; one for each that is anchored.
+# The share of updates with which the trainings take the same time (b = 0.125: as many as 0.25). Evaluations for each
+# image of a batch: one with a gradient and, of Equation 1, one more; two for each row that jumps; one for each that is
+# anchored.
 TRAIN = ["--lr-end", "1e-5", "--sample-every", "0"]
 KINDS = {
     "plain": dict(share=1.2, evaluations=1, flags=["--distill", "0", *TRAIN]),
@@ -141,10 +142,10 @@ def page(args, figures):
     sets = [images for images in SETS if any(other == images for other, _ in found)]
     draw(found, sets, args.out / "figure3.png")
     lines = [f"`python experiments/figure3.py`: {figures}. Quick score at N steps: mean of seeds of training ± half "
-             f"their range, and contrast. The numbers of updates are such that all but *{[*AFTER][0]}* "
+             f"their range, and contrast. The numbers of updates are such that all but *{next(iter(AFTER))}* "
              f"should take about the same time (docs/scaling.md). Evaluations: images through the "
-             f"network, with a gradient or without. Seconds: of the updates, least and most of the seeds, beside "
-             f"other programs.", "",
+             f"network, with a gradient or without. Seconds: of the updates, without own samples, least and most "
+             f"of the seeds, beside other programs.", "",
              "![scores against updates](figure3.png)"]
     for images in sets:
         lines += ["", f"**{images}**", "", heading("", "seeds", *STEPS, "evaluations", "seconds")]

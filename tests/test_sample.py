@@ -210,7 +210,9 @@ def test_samples_of_other_settings_are_not_mixed(ckpt, tmp_path):
         make_checkpoint(tmp_path / "ckpt.pt", classes=3)
         script.main([*args, "4"])
 
-def test_samples_are_overwritten_when_there_are_new_ones(ckpt, tmp_path, monkeypatch):
+def test_samples_are_overwritten_when_there_are_new_ones(ckpt, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
     for target, kept in (("png", "png/00001.png"), ("x.npz", "x.npz")):
         args = [*ckpt, "-n", "2", "--save", str(tmp_path / target), "--steps"]
         script.main([*args, "2"])
@@ -219,12 +221,18 @@ def test_samples_are_overwritten_when_there_are_new_ones(ckpt, tmp_path, monkeyp
             broken.setattr("sample.ddim_sample", lambda xhat, z, *more: z * math.nan)
             with pytest.raises(SystemExit, match="not finite"):
                 script.main([*args, "4", "--overwrite"])
+            broken.setattr("sample.ddim_sample", interrupted)
+            with pytest.raises(SystemExit, match="130"):
+                script.main([*args, "4", "--overwrite"])
+            assert "stopped with 0 of 2 images; the same command goes on" in capsys.readouterr().out
         assert (tmp_path / kept).read_bytes() == old
         with pytest.raises(SystemExit, match="made with another steps"):
             script.main([*args, "4"])                                   # they are still those of two steps
         script.main([*args, "4", "--overwrite"])
-        assert (tmp_path / kept).read_bytes() != old
+        new = (tmp_path / kept).read_bytes()
+        assert new != old
         script.main([*args, "4"])                                       # nothing to do
+        assert (tmp_path / kept).read_bytes() == new
 
 def test_a_folder_of_foreign_images_is_refused(ckpt, tmp_path):
     (tmp_path / "mine").mkdir()

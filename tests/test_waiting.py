@@ -100,7 +100,7 @@ def test_the_memory_that_the_docs_say_is_what_is_counted(model, row):
     args = bench.parse_args(["--model", model, "--batch", "8", "--dtype", "bf16"])
     assert bench.rehearsed(args, "dsdi", updates=2)[1].peak / 1e9 + 1.5 == pytest.approx(float(told), rel=0.1)
 
-def test_training_with_jumps_needs_no_more_memory_than_equation_1():
+def test_training_small32_with_jumps_needs_no_more_memory_than_equation_1():
     args = bench.parse_args(["--model", "small32", "--batch", "64"])
     jumps, theirs = (bench.rehearsed(args, f"--distill {b}")[1].peak for b in ("0.25 --shortcut", "0.15"))
     assert 0 < jumps < theirs
