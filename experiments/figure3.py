@@ -150,7 +150,7 @@ def page(args, figures):
     for images in sets:
         lines += ["", f"**{images}**", "", heading("", "seeds", *STEPS, "evaluations", "seconds")]
         lines += [row(name, [f"{len(runs)}", *pairs([run["last"] for run in runs])], f"{runs[0]['evaluations']:,.0f}",
-                      " to ".join(f"{most(run['seconds'] for run in runs):,}" for most in (min, max)))
+                      " to ".join(dict.fromkeys(f"{most(run['seconds'] for run in runs):,}" for most in (min, max))))
                   for (other, name), runs in found.items() if other == images]
         def values(row, steps):
             return [run["last"][STEPS.index(steps)][0] for run in figures.of_seeds(row)]
@@ -160,7 +160,7 @@ def page(args, figures):
 
 def draw(found, sets, path):
     """Scores against updates, a line for each seed in its training's colour."""
-    figure, axes = plt.subplots(len(sets), len(SCORED), figsize=(5 * len(SCORED), 3.5 * len(sets)), squeeze=False,
+    figure, axes = plt.subplots(len(sets), len(SCORED), figsize=(5 * len(SCORED), 4 * len(sets)), squeeze=False,
                                 layout="constrained")
     for (images, name), runs in found.items():
         if name in AFTER:
@@ -171,7 +171,7 @@ def draw(found, sets, path):
                           alpha=0.7, color=f"C{NAMES.index(name)}", label=name if run is runs[0] else None)
             axis.set(yscale="log", xlabel="updates", title=f"{images}: quick score at {SCORED[i]} steps")
             plain_numbers(axis.yaxis)
-    axes[0][-1].legend()
+    figure.legend(*axes[-1][-1].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS))
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
