@@ -15,11 +15,10 @@ import sample
 import shortcut
 import train
 from checkpoint import load_checkpoint
-from ddim import Cosine, Denoiser, LDMDistilled, ddim_inverse, ddim_sample
+from ddim import SHORTEST, Cosine, Denoiser, LDMDistilled, ddim_inverse, ddim_sample
 from model import UNet, UNetConfig
 
 SHAPE = 6, 3, 8, 8
-SHORTEST = 0.5 ** (shortcut.LEVELS - 1)
 
 def tiny_net(seed=0, **config):
     """A UNet in float64 that is told step lengths, with no layer at zero."""
@@ -176,7 +175,7 @@ def test_a_network_takes_the_path_on_and_nothing_changes_until_it_is_trained(con
     after = net(z, t, y, d=d)
     assert torch.equal(after[0], before[0]) and torch.equal(net(z, t, y), before)
     assert all(not torch.allclose(a, b) for a, b in zip(after[1:], before[1:], strict=True))
-    assert torch.equal(net(z, t, y, d=0.3)[1], after[1])         # one length for all, as sampling gives it
+    assert torch.equal(net(z, t, y, d=0.3)[1], after[1])      # one length for all, as sampling gives it
 
 def test_the_same_seed_gives_both_networks_the_same_weights():
     weights = []
