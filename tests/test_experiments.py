@@ -147,6 +147,11 @@ def test_figure3(place, tmp_path, monkeypatch, capsys):
     tuned = ["--schedule", "shortcut", *P, "--pool", "2", "--updates", "2"]
     for name, value in (("SETS", sets), ("POINTS", 2), ("TUNED", tuned), ("STEPS", (1, 2)), ("SCORED", (1, 2))):
         monkeypatch.setattr(figure3, name, value)
+    figure3.main([*place, "--rows", "Equation 1", "shortcut"])
+    some = json.loads((tmp_path / "figure3.json").read_text())
+    assert {name.split(", ")[-2] for name in some if "seed" in name} == {"Equation 1", "shortcut"}
+    assert not (tmp_path / "figure3-faces-16x16.png").exists()
+    capsys.readouterr()
     figures, page = rehearse(figure3, place, tmp_path, monkeypatch, capsys)
     for kind, last in (("plain", 5), ("Equation 1", 4), ("shortcut", 4)):
         run = figures[f"faces, 16x16, {kind}, seed 1"]
