@@ -148,6 +148,11 @@ class Denoiser:
         c = net.config
         return cls(net, SCHEDULES[state["schedule"]](), state["predicts"], c.classes or None, c.step_length)
 
+    def times(self, steps):
+        """The N + 1 times of N DDIM steps when sampling, from noise to data. Raises ValueError if it has no such N."""
+        times = self.schedule.times(steps)
+        return jump_times(steps) if self.lengths else times
+
     def output(self, z, t, y=None, w=1.0, d=None):
         """The network's own output; if w ≠ 1 guided: null + w (class − null), in one batch (Ho & Salimans 2022).
 
@@ -230,6 +235,6 @@ def ddim_sample(xhat, z, steps, y=None, w=1.0):
 
     The same z gives the same picture, in fewer steps a more blurred one. A network that is told the length of its steps
     gets d = t − t', or the shortest that it has learned: see `jump_times`."""
-    for t, t1 in pairwise(jump_times(steps) if xhat.lengths else xhat.schedule.times(steps)):
+    for t, t1 in pairwise(xhat.times(steps)):
         z = ddim_step(xhat.schedule, z, xhat(z, t, y, w, max(t - t1, SHORTEST)), t, t1)
     return z

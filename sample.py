@@ -282,7 +282,7 @@ def load_sampler(path, args, device, dtype):
     classes = pick_classes(args.classes, args.guidance, state)
     sampler = Sampler(net, state, device, dtype, classes, args.guidance, args.seed)
     try:
-        sampler.xhat.schedule.times(max(args.steps))
+        sampler.xhat.times(max(args.steps))
     except ValueError as e:
         sys.exit(f"error: {path}: {e}")
     return sampler, state

@@ -45,7 +45,7 @@ def check_source(args, net, source, images):
     if net.config.step_length and not METHODS[args.schedule].shortcut:
         sys.exit(f"error: {args.ckpt} is told the length of its steps: only --schedule shortcut distils it further")
     try:
-        Denoiser.of(net, source).schedule.times(args.steps)
+        Denoiser.of(net, source).times(args.steps)
     except ValueError as e:
         sys.exit(f"error: {e}")
     if reads_data(args) and net.config.classes:

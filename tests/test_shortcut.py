@@ -200,6 +200,10 @@ def test_n_steps_are_n_evaluations_told_lengths_that_were_learned(schedule, step
     at = 1 - np.cumsum([0, *lengths[:-1]])
     assert_close([t for t, _ in seen], [schedule.shown(float(t)) for t in at])
 
+def test_ldm_has_no_thousand_steps_with_lengths_either():
+    with pytest.raises(ValueError, match="steps must be between 1 and 999"):
+        ddim_sample(Denoiser(None, LDMDistilled(), lengths=True), torch.randn(SHAPE), 1000)
+
 # ---- runs -------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
