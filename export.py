@@ -1,8 +1,8 @@
 """Models in the layout of diffusers: `python sample.py --ckpt out/train/ckpt.pt --export out/hf`.
 
 Weights and configs go into unet/, scheduler/ and, for LDM's, vqvae/. diffusers then builds the same network and takes
-the same steps: of LDM's models where N divides 1000 (but not 1), of our own where it divides T = 1600. Of a distilled
-LDM it takes steps one of a thousand beside ours where N divides 1000:
+the same steps: for LDM's models where N divides 1000 (but not 1), for our own where N divides T = 1600. For a distilled
+LDM, where N divides 1000, its time steps are at most one of a thousand beside ours:
 
     pipe = diffusers.DDIMPipeline.from_pretrained("out/hf")
     image = pipe(num_inference_steps=4).images[0]

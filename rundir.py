@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what of it may go, and where a run that was stopped goes on.
+"""The folder of a run: which run it belongs to, which files in it may be deleted, where a stopped run goes on.
 
     state = check_out(args)       # before any work: the checkpoint to go on from, or None; exits if a run is in the way
     prepare_out(args, state)      # after all checks, before the first update: what is out of date goes

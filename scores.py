@@ -1,4 +1,4 @@
-"""The scores: FID, Inception Score, KID, precision and recall of features, fidelity, and what they need to know.
+"""The scores: FID, Inception Score, KID, precision and recall of features, fidelity, and the statistics behind them.
 
     stats = statistics_of_batches(batches, n, features, provenance, desc)    # features: see inception.load_features
     compare(real, fake)                                                      # two `Statistics`: all scores, and of what

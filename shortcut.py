@@ -12,10 +12,10 @@ denoiser. A share of the rows of each batch learns to jump, the others learn fro
                              where two steps of d/2 by a running average of the weights do (ddim_target)
     L = ‖v' − v_t‖²          d = 0: the diffusion loss of Equation 1
 
-It is Equation 1 with another second term. In training, b is the share over the whole run: no row jumps in the first
-half, as nothing is known yet to jump to, and 2b of them do in the second, with three times the weight. N steps are
-sampled with d = 1/N, or with two lengths (ddim.jump_times). In fine-tuning the other rows learn from the undistilled
-model, whose targets have no noise.
+It is Equation 1 with another second term. In training, b is the share of rows that jump over the whole run: none in the
+first half of the updates, as nothing is known yet to jump to, and 2b in the second, with three times the weight. N
+steps are sampled with d = 1/N, or with two lengths (ddim.jump_times). In fine-tuning the rows that do not jump learn
+from the undistilled model, whose targets have no noise.
 
 Relatives: shortcut models (Frans et al. 2024), whose loss this is, but for the schedule and the real d; TRACT
 (Berthelot et al. 2023): this x'' with an average as the teacher, and no d; flow-map self-distillation (Boffi et al.
