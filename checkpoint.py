@@ -36,7 +36,7 @@ def whole_file(path):
         cause = e
         while cause and not isinstance(cause, (OSError, KeyboardInterrupt)):
             cause = cause.__context__
-        if not cause:                                         # of what was computed meanwhile
+        if not cause:                                         # an error of other code in the block
             raise
         if isinstance(cause, KeyboardInterrupt):              # Ctrl-C while it was writing
             raise cause from None
@@ -48,7 +48,7 @@ def whole_file(path):
 
 @contextlib.contextmanager
 def naming(path):
-    """Within it an error says which file can't be written: that of a full disk does not know."""
+    """Within it an OSError names the file: by itself one from a full disk does not."""
     try:
         yield
     except OSError as e:

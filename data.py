@@ -2,7 +2,7 @@
 
     images = load_data(None, size=32)                       # the built-in pictures, drawn once
     images = load_data("celeba.zip", size=64, crop=140)     # or a folder, or an LSUN LMDB folder
-    x, y = images.batch(step, 64, seed=0)                   # (64, 3, 32, 32) in [-1, 1], labels (64,)
+    x, y = images.batch(step, 64, seed=0)                   # (64, 3, 64, 64) in [-1, 1], labels (64,)
 
 Whatever the source, its images are centre-cropped to a square, resized with an antialiasing filter and
 packed once into one file of raw uint8 pixels, which is then mapped into memory: LSUN's 3 million
@@ -292,8 +292,8 @@ def wait_for_first_rank(path, good=Path.exists):
 def locked(folder, work, flag="--cache"):
     """Hold the lock of a folder: what two runs would write at once, one writes and the other waits for.
 
-    work  what is done there, in words: Ctrl-C and a full disk become a DataError that tells it
-    flag  which names the folder"""
+    work  what is done there, in words, for the DataError that Ctrl-C becomes
+    flag  the flag that names another folder, for the DataError that a full disk becomes"""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
@@ -314,8 +314,8 @@ def check_space(folder, need, what):
                         f"--cache names another folder")
 
 def mapped(path, dtype, shape, unit=None):
-    """A file as an array, read from the disk as it is used. Raises DataError if it has not the right length, since to
-    read beyond the end of a mapped file ends Python without a word.
+    """A file as an array, read from the disk as it is used. Raises DataError if its length is wrong, since reading
+    beyond the end of a mapped file kills Python without a word.
 
     unit  what has to be deleted to have it made again, if not the file alone"""
     want, found = int(np.prod(shape)) * np.dtype(dtype).itemsize, path.stat().st_size
@@ -360,7 +360,7 @@ class Images:
         return hashlib.sha256(self.hash.encode() + self.labels.tobytes()).hexdigest()[:16]
 
     def batch(self, step, size, seed, flip=True, share=(0, 1)):
-        """Batch number `step`: images (size, 3, H, W) in [-1, 1], labels (size,); half of the images mirrored.
+        """Batch number `step`: images (size, channels, H, W) in [-1, 1], labels (size,). With `flip` half are mirrored.
 
         share (r, n): only part r of the batch's n equal parts. Every epoch is a fresh permutation. The batch depends
         on the arguments alone, so a resumed run sees exactly what it would have seen, and n processes together see
@@ -410,8 +410,8 @@ def to_pixels(x):
     """(N, 3 or 1, H, W) in [-1, 1] to (N, H, W, 3) uint8, clipped and rounded. Raises DataError if it is not finite."""
     bad = first_not_finite(x)
     if bad is not None:
-        raise DataError(f"error: image {bad} of {len(x)} is not finite (NaN): are the model's weights? "
-                        f"If not: --dtype fp32")
+        raise DataError(f"error: image {bad} of {len(x)} is not finite (NaN). If the model's weights are "
+                        f"finite, try --dtype fp32")
     pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
     return pixels.expand(-1, -1, -1, 3).numpy()
 

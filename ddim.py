@@ -33,7 +33,7 @@ class Schedule:
         """(α_t, σ_t) that multiply images: scalars for one time, (B, 1, 1, 1) for a time per image.
 
         Computed in float64, because near t = 0 and 1 one of the two is a small difference; the result
-        has the precision of t (a float counts as float64, which as a scalar leaves images as they are)."""
+        has the precision of t (a float counts as float64: as a scalar, it does not promote images to that)."""
         t = torch.as_tensor(t, dtype=None if torch.is_tensor(t) else torch.float64)
         shape = (-1, 1, 1, 1) if t.ndim else ()
         exact = t if t.device.type in WITHOUT_FLOAT64 else t.double()
@@ -137,7 +137,7 @@ class Denoiser:
     net        net(z, t, y) -> (B, C, H, W); y only if the network has classes
     schedule   a Schedule;  kind  "v", "eps" or "x"
     null       the class index that means "no class", needed for guidance
-    lengths    whether the network is told the length d of its step, as net(…, d=d); others never are"""
+    lengths    whether the network is told the length d of its step, as net(…, d=d); if not, d is never passed"""
 
     def __init__(self, net, schedule, kind="v", null=None, lengths=False):
         self.net, self.schedule, self.kind, self.null, self.lengths = net, schedule, kind, null, lengths
@@ -149,14 +149,15 @@ class Denoiser:
         return cls(net, SCHEDULES[state["schedule"]](), state["predicts"], c.classes or None, c.step_length)
 
     def times(self, steps):
-        """The N + 1 times of N DDIM steps when sampling, from noise to data. Raises ValueError if it has no such N."""
+        """The N + 1 times of N DDIM steps when sampling, from noise to data. Raises ValueError if N is out of range."""
         times = self.schedule.times(steps)
         return jump_times(steps) if self.lengths else times
 
     def output(self, z, t, y=None, w=1.0, d=None):
         """The network's own output; if w ≠ 1 guided: null + w (class − null), in one batch (Ho & Salimans 2022).
 
-        w: a number, or a tensor (B, 1, 1, 1) with a weight for each image (which is then always guided)."""
+        w: a number, or a tensor (B, 1, 1, 1) with a weight for each image (which is then always guided). Raises
+        ValueError for guidance of a model without a null class."""
         t, d = self.schedule.shown(t), dict(d=d) if self.lengths and d is not None else {}
         if y is None:
             return self.net(z, t, **d)
@@ -218,14 +219,14 @@ def start_noise(seed, indices, shape):
     return torch.from_numpy(np.stack(draws))
 
 def jump_times(steps):
-    """The N + 1 times of N steps of such a network, at places and of lengths that it has learned.
+    """The N + 1 times of N steps of a network that is told d, at places and of lengths that it has learned.
 
-    Where N is no power of two they are of two lengths, the shorter ones first: 3 steps are of 1/4, 1/4 and 1/2. More
-    than 64 are equal."""
+    If N is no power of two, the steps have two lengths, the shorter ones first: 3 steps are of 1/4, 1/4 and 1/2. More
+    than 64 steps are equally long."""
     times = Schedule.equal_times(steps)
     if steps * SHORTEST > 1:
         return times
-    long = 2 ** (steps.bit_length() - 1)                      # so many long steps, 2 (N − long) halves in their place
+    long = 2 ** (steps.bit_length() - 1)                      # this many long steps; N − long of them are halved
     halves, short = Schedule.equal_times(2 * long), 2 * (steps - long)
     return halves[:short] + halves[short::2]
 
@@ -234,7 +235,7 @@ def ddim_sample(xhat, z, steps, y=None, w=1.0):
     """Deterministic DDIM from noise z (B, C, H, W) in exactly `steps` network evaluations. Returns x (B, C, H, W).
 
     The same z gives the same picture, in fewer steps a more blurred one. A network that is told the length of its steps
-    gets d = t − t', or the shortest that it has learned: see `jump_times`."""
+    gets d = t − t', but at least the shortest that it has learned: see `jump_times`."""
     for t, t1 in pairwise(xhat.times(steps)):
         z = ddim_step(xhat.schedule, z, xhat(z, t, y, w, max(t - t1, SHORTEST)), t, t1)
     return z

@@ -138,14 +138,14 @@ def loop_of(schedule):
 # For small models.
 DEFAULTS = dict(updates=128, batch=32, warmup=12, betas=[0.9, 0.98], ema=0.98, log_every=10, sample_every=0,
                 save_every=64)
-# These leave no step count from 2 to 8 worse than it was, with two small exceptions (docs/results.md, "A recipe").
+# At these rates no step count from 2 to 8 got worse, with two small exceptions (docs/results.md, "A recipe").
 RATES = {"dsdn": 3e-6, "dsdi": 3e-6, "dsdgl": 3e-6, "dsdgexp": 3e-6, "tsd": 3e-5, "pd": 1e-4, "shortcut": 5e-4}
 
 # For shortcut, with any model, but never tried with LDM's.
 SHORTCUT = dict(updates=600, lr=RATES["shortcut"], lr_share=0.02, warmup=30, ema=0.98, target_ema=0.95, steps=16,
                 guidance=[2.0, 2.0])
 
-# For LDM's models: Table 3. It has no batch, and no length of the warm-up: those are ours.
+# For LDM's models: Table 3. It gives no batch size and no length of the warm-up: those are ours.
 TABLE3 = dict(updates=4000, batch=8, lr=1e-6, warmup=100, betas=[0.9, 0.98], ema=0.995, log_every=20, sample_every=1000,
               save_every=500)
 TABLE3_CLASSES = TABLE3 | dict(updates=5000, lr=1e-7, betas=[0.99, 0.999], ema=0.9995)
@@ -165,7 +165,7 @@ def parse_args(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("the method")
     g.add_argument("--schedule", choices=METHODS, default="dsdi",
-                   help="the method (default: dsdi); rates of small models: "
+                   help="the method (default: dsdi); default --lr of small models: "
                         + ", ".join(f"{m} {r:g}" for m, r in RATES.items()))
     g.add_argument("--ckpt", type=checkpoint, default="out/train/ckpt.pt", metavar="FILE",
                    help="the model to distil, or its folder; from its averaged weights (default: %(default)s)")
@@ -189,11 +189,11 @@ def parse_args(argv=None):
                    help="what the model is for: the update with the best fidelity at these step counts is kept as "
                         "OUT/best.pt (default: 2 4 8)")
     g.add_argument("--guard", action=argparse.BooleanOptionalAction, default=True,
-                   help="end a run whose few-step samples are lost (default: on)")
+                   help="end a run whose few-step samples are lost, see docs/guard.md (default: on)")
     g.add_argument("--share", type=fraction, default=0.5, metavar="b",
-                   help="of the rows that jump, for shortcut (default: 0.5)")
+                   help="for shortcut: the share of rows that jump (default: 0.5)")
     g.add_argument("--pool", type=at_least(1), default=2000, metavar="M",
-                   help="how many samples of its own shortcut draws, in --steps steps, where it has no --data "
+                   help="for shortcut without --data: how many samples it draws, in --steps steps, to learn from "
                         "(default: 2000)")
     g = p.add_argument_group("the data")
     g.add_argument("--data", metavar="PATH",

@@ -2,7 +2,7 @@
 
 Weights and configs go into unet/, scheduler/ and, for LDM's, vqvae/. diffusers then builds the same network and takes
 the same steps: for LDM's models where N divides 1000 (but not 1), for our own where N divides T = 1600. For a distilled
-LDM, where N divides 1000, its time steps are at most one of a thousand beside ours:
+LDM, where N divides 1000, diffusers' timesteps differ from ours by at most 1 of 1000.
 
     pipe = diffusers.DDIMPipeline.from_pretrained("out/hf")
     image = pipe(num_inference_steps=4).images[0]

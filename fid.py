@@ -77,8 +77,8 @@ class Side:
     """One side of a comparison, opened and checked before anything is computed.
 
     compute  features -> its Statistics, on rank 0
-    size     of its images, or of the first of them: "64x64", "mixed", "unknown";  exact  it is that of all
-    network  whose features it holds already; None: whose are asked for"""
+    size     of its images, or of the first of them: "64x64", "mixed", "unknown";  exact  all have that size
+    network  whose features it holds already (`Features.id`); None: it computes those that are asked for"""
 
     compute: Callable
     size: str
@@ -163,7 +163,7 @@ def decode_stored(source, item):
     with reading(f"{name} in {source.path}", "can't be read"), Image.open(io.BytesIO(read())) as image:
         if image.width * image.height > 2 ** 20:
             keep_freed_memory(False)
-        return np.asarray(eight_bits(image).convert("RGB"))   # as pytorch-fid: no turning, no white behind alpha
+        return np.asarray(eight_bits(image).convert("RGB"))   # as pytorch-fid: no EXIF rotation, no white behind alpha
 
 def decoded_batches(source, batch):
     """This rank's batches (see `own_batches`) of a data source's images, decoded in threads as they are asked for.
@@ -185,9 +185,9 @@ def decoded_batches(source, batch):
 def fidelity_scorer(sampler, state):
     """A function steps -> `fidelity` of a checkpoint's samples in so many steps, and its spread over noises, as scores.
 
-    The reference is the model that it was distilled from, as its checkpoint has it, or else the model itself, in
-    MANY steps. Classes are spread over all, and guidance is that of the sampler: of a distilled model no score if its
-    reference had another."""
+    The reference is what the undistilled model drew, as the checkpoint has it, or else the model itself, in MANY steps.
+    Classes are spread over all, and guidance is that of the sampler: a distilled model whose reference had another gets
+    no score."""
     r, guidance = state.get("reference"), sampler.w * state.get("guidance", 1)      # one of the two is 1
     if r is not None and state.get("reference_guidance", guidance) != guidance:
         return lambda steps: {}
@@ -293,7 +293,7 @@ def parse_args(argv=None):
                    help="the real images, prepared as the checkpoint's training did (default: what it was trained on)")
     g.add_argument("--steps", type=at_least(1), nargs="+", default=[2, 4, 8, 16, 32, 64], metavar="N",
                    help="the columns of the table (default: 2 4 8 16 32 64)")
-    g.add_argument("--real", type=at_least(2), metavar="N", help="so many of the real images (default: all of them)")
+    g.add_argument("--real", type=at_least(2), metavar="N", help="only N of the real images (default: all of them)")
     g.add_argument("-n", type=at_least(2), default=30_000, metavar="N", help="images for each score (default: 30000)")
     g.add_argument("--guidance", type=finite, default=1.0, metavar="W", help="classifier-free guidance (default: 1)")
     ldm_flag(g)

@@ -58,10 +58,10 @@ def optimiser_flags(g):
 def score_flags(g):
     """Scores while a run goes on, as fid.py gives them."""
     g.add_argument("--fid-every", type=at_least(0), default=0, metavar="N",
-                   help="updates between two, at --sample-steps, or in distill.py at 1, 2, 4 and 8, without further "
-                        "guidance; 0: no scores (default: 0)")
+                   help="updates between two scores, at --sample-steps, or in distill.py at 1, 2, 4 and 8, without "
+                        "guidance but what is built in; 0: no scores (default: 0)")
     g.add_argument("--fid-samples", type=at_least(2), default=10_000, metavar="M",
-                   help="images for each (default: 10000)")
+                   help="images for each score (default: 10000)")
     g.add_argument("--weights", metavar="FILE", help="Inception weights, or random, as in fid.py")
 
 def run_flags(g):
@@ -73,12 +73,12 @@ def run_flags(g):
     g.add_argument("--save-every", type=at_least(1), metavar="N",
                    help="updates between two checkpoints (default: %(default)s)")
     g.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
-                   help="write OUT's log and pictures for TensorBoard too, which is a package of its own")
+                   help="write OUT's log and pictures for TensorBoard too (needs the package tensorboard)")
     g.add_argument("--lr-end", type=positive,
-                   help="where the rate falls to, along a cosine (default: in distill.py to a tenth, of shortcut to a "
-                        "fiftieth; in train.py with --shortcut to a hundredth, else on the toy to a 200th, else it "
+                   help="what the rate falls to, along a cosine (default: in distill.py a tenth of --lr, for shortcut "
+                        "a fiftieth; in train.py with --shortcut a hundredth, else in the toy preset a 200th, else it "
                         "stays)")
-    g.add_argument("--warmup", type=at_least(0), help="updates over which it rises from 0 (default: %(default)s)")
+    g.add_argument("--warmup", type=at_least(0), help="updates over which the rate rises from 0 (default: %(default)s)")
     g.add_argument("--betas", type=fraction, nargs=2, default=[0.9, 0.999], help="of Adam (default: %(default)s)")
     g.add_argument("--clip", type=positive, default=1.0, help="largest norm of the gradient (default: 1)")
     g.add_argument("--cache", metavar="DIR", help="where packed images are kept (default: $DSD_CACHE or ~/.cache/dsd)")
@@ -86,7 +86,7 @@ def run_flags(g):
                    help="take each batch in K parts, one after the other: a K-th of the memory for activations")
     g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
                    help="compute activations twice: a fraction of the memory, a third more time")
-    g.set_defaults(lr_share=1.0)                              # no flag: what --lr-end is of --lr unless given
+    g.set_defaults(lr_share=1.0)                              # not a flag: --lr-end as a share of --lr, unless given
     device_flags(g, compiled=True)
 
 def parse_with_saved(p, argv, defaults, fixed):

@@ -16,8 +16,8 @@ from sample import Sampler, spread_classes
 from scores import MANY, NOISES, compare, fidelity
 
 SHOWN = 1, 2, 4, 8, MANY   # step counts of the pictures, and of the scores except for the last
-COLUMNS = 10               # of the pictures: so many of the NOISES
-LOOKS = 12                 # in the course of a run
+COLUMNS = 10               # of the pictures: this many of the NOISES samples
+LOOKS = 12                 # of the guard in the course of a run
 
 # ---- samples from always the same noise ---------------------------------------------------------------------
 def sampler_of(trainer, count=None, w=1.0):
@@ -27,8 +27,8 @@ def sampler_of(trainer, count=None, w=1.0):
     return Sampler(trainer.ema, trainer.model_info, trainer.device, trainer.args.dtype, y, w)
 
 def shown_guidance(trainer):
-    """(The guidance of `draw_shown`: the one that is built into the model, or the middle of --guidance; what of it the
-    sampler has to add: 1, none, where it is built in)."""
+    """(The guidance of the samples of `draw_shown`: what is built into the model, or else the middle of --guidance; the
+    w that their sampler needs for it: 1 if it is built in)."""
     built_in = trainer.model_info.get("guidance", 1)
     w = sum(trainer.args.guidance) / 2 if trainer.net.config.classes and built_in == 1 else 1.0
     return w * built_in, w
@@ -57,7 +57,7 @@ def print_table(seen):
 # ---- fidelity along a run, and the guard -----------------------------------------------------------------------
 WATCHED = 2, 4, 8                  # step counts of every look; every fourth has the last of SHOWN as well
 FIDELITY, CONTRAST = 0.5, 1.2      # a run is lost below the one or above the other (docs/guard.md shows the runs)
-NEAR = 0.05                        # a run that ends so near to an edge of it says so
+NEAR = 0.05                        # a run that ends this near to such an edge says so
 
 def look_at(x, reference):
     """(fidelity, its standard error, contrast) of samples (n, C, H, W) against the undistilled model's in many steps,
@@ -122,9 +122,9 @@ class Guard:
     def outside(self, seen, margin=0.0):
         """What of a look leaves the band, or comes as near to its edge as `margin`, in words; "" if nothing does.
 
-        A fidelity of 0.5 is that of the average picture: less is worse than no picture at all. Where the undistilled
-        model had hardly more, the edge is a little below. Of many steps, which the paper's methods lose, only those
-        count that the model is for."""
+        A fidelity of 0.5 is that of the average picture: less is worse than no picture at all. If the undistilled
+        model had hardly more, the edge lies a little below what it had. Other step counts than WATCHED count only if
+        the model is for them (`judged`): at many steps the paper's methods get worse."""
         edge = {f"fidelity_{s}": min(FIDELITY, self.had[f"fidelity_{s}"] - NEAR) for s in self.steps}
         low = [f"{key} {seen[key]:.2f}, below {edge[key]:.2f}" for key in edge if seen[key] < edge[key] + margin]
         high = [f"{key} {seen[key]:.2f}, above {CONTRAST}" for key in (f"contrast_{s}" for s in self.steps)

@@ -280,9 +280,9 @@ def heads_of(bundle, key):
     return bundle.get_submodule(key.rpartition(".")[0].removesuffix(".qkv")).heads
 
 def load_tensors(bundle, names, tensors, what):
-    """Give the weights of `build` memory, and the values of a file: names {our name: their names}, tensors by theirs.
+    """Give what `build` made memory, and the values of a file: names {our name: their names}, tensors by theirs.
 
-    Ones at the end of a shape don't count: LDM's 1x1 convolutions are our linear layers. Raises CheckpointError."""
+    Trailing dimensions of size 1 don't count: LDM's 1x1 convolutions are our linear layers. Raises CheckpointError."""
     weights = bundle.state_dict()
     missing = [name for theirs in names.values() for name in theirs if not torch.is_tensor(tensors.get(name))]
     refuse(missing, what, "there is no")
@@ -492,7 +492,7 @@ def _load_foreign(path, content, device, ema, name, size):
 def ldm_flag(p):
     """`--ldm`, for every script that takes one of LDM's models."""
     p.add_argument("--ldm", choices=MODELS,
-                   help="--ckpt is this one of LDM's models: its file, a folder in diffusers' layout, or one of ours")
+                   help="--ckpt is this LDM model: CompVis's file, a folder in diffusers' layout, or our ckpt.pt")
 
 def files_of(path):
     """{file of a model: what changes if another takes its place}. Of one that is not there, nothing."""

@@ -67,7 +67,7 @@ CONFIGS = {
 }
 
 def time_embedding(t, dim):
-    """Sinusoidal embedding of t in [0, 1] -> (B, dim); cosines first, as guided-diffusion has it.
+    """Sinusoidal embedding of t (B,) in [0, 1] -> (B, dim); cosines first, as guided-diffusion has it.
 
     The frequencies were made for timesteps 0 … 1000, so t is scaled to that range: LDM's step i is t = i / 1000."""
     half = dim // 2
@@ -82,7 +82,7 @@ def zero(layer):
     return layer
 
 class GroupNorm(nn.GroupNorm):
-    """On a CPU in float32: its kernel for bfloat16 with channels last is several times slower, backwards above all."""
+    """On a CPU bfloat16 runs in float32: its channels-last kernel is several times slower, backwards above all."""
 
     def forward(self, h):
         slow = h.device.type == "cpu" and h.dtype == torch.bfloat16
@@ -288,7 +288,7 @@ class UNet(nn.Module):
         Returns (B, C, H, W) in the dtype of the weights, also under autocast: the difference between two
         neighbouring predictions is what self-distillation learns from, and bfloat16 would round it away.
         H and W must be divisible by 2^(levels - 1). y is needed exactly if the config has classes; where the label is
-        looked up as a context of one token, a context may be given in its place."""
+        looked up as a context of one token, a context may be given in its place. Raises ValueError otherwise."""
         if any(side % 2 ** (len(self.config.mult) - 1) for side in z.shape[2:]):
             raise ValueError(f"image size {tuple(z.shape[2:])} is not divisible by 2 at each of this UNet's levels")
         if (y is not None) != (self.config.classes > 0 and context is None):

@@ -1,4 +1,4 @@
-"""Scheduling N (section 4.1.1): with how many steps each method works, and how many updates each gets.
+"""Scheduling N (section 4.1.1): the depths (step counts) of each method, and how many updates each depth gets.
 
     plan("dsdi", steps=64, updates=600)        # [(64, 100), (32, 100), (16, 100), (8, 100), (4, 100), (2, 100)]
     python distill.py --schedule dsdgl --dry-run --updates 4000 --lr 1e-6
@@ -44,7 +44,7 @@ METHODS = {
 def plan(schedule, steps, updates):
     """[(N_i, updates at this depth), …]: the U_i of section 4.1.1, counted in updates, which sum exactly to P.
 
-    schedule  a name in METHODS;  steps  the start depth N, even;  updates  P, at least one for each depth
+    schedule  a name in METHODS;  steps  the start depth N, even but for shortcut;  updates  P, at least one per depth
     A trajectory of N_i steps makes N_i / 2 updates; the last one of a depth is cut short where its budget ends.
     Raises ValueError for a plan that can't be made."""
     method = METHODS[schedule]
@@ -69,7 +69,7 @@ def locate(plan, step):
     raise IndexError("the plan is spent")
 
 def late(depth, updates):
-    """How many of the first updates at a depth begin at t <= 1/2: in the second half of a trajectory."""
+    """How many of the first `updates` updates at a depth begin at t <= 1/2: in the second half of a trajectory."""
     return sum(4 * (u % (depth // 2)) >= depth for u in range(updates))
 
 def shares(args):

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 train.py --distill 0.15 --preset celeba64 --data celeba.zip
 
 Every process runs the same script. Whatever is random is drawn alike in all of them, for the whole batch, and each
-takes its own rows of it. So a run on eight ranks is the run on one, but for the order in which gradients are summed.
+takes its own rows of it. So a run on eight ranks is the run on one, but for dropout and the order of summing gradients.
 """
 
 import ctypes
@@ -51,8 +51,8 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 def keep_freed_memory(keep=True):
-    """Have glibc keep what PyTorch frees. It would give big blocks back to the system after each layer, and
-    have them cleared page by page at the next: a tenth of the time of an update with self-distillation.
+    """Have glibc keep what PyTorch frees. Else it gives big blocks back to the system after each layer, and
+    the next gets them cleared page by page: a tenth of the time of an update with self-distillation.
 
     keep  False: no longer, for blocks that are never the same, as those of photographs: they would pile up"""
     if platform.libc_ver()[0] == "glibc":
@@ -160,7 +160,7 @@ def log_stderr(text):
         print(text, file=sys.stderr)
 
 def launch(main):
-    """Run a script's main. Under torchrun only rank 0 prints, and tells errors that all meet or that end a rank."""
+    """Run a script's main. Under torchrun only rank 0 prints; an error that all ranks meet is told once, by rank 0."""
     other, code = int(os.environ.get("RANK", 0)) > 0, 0
     sys.argv[1:] = [re.sub(r"^(--[\w-]+=)?~(?=/)", lambda m: (m[1] or "") + os.path.expanduser("~"), arg)
                     for arg in sys.argv[1:]]                  # of --out=~/runs the shell leaves it as it is

@@ -87,7 +87,7 @@ class Sampler:
 
     @torch.no_grad()
     def decode(self, x):
-        """The images (B, 3, H, W) of what was drawn (B, C, H, W), on any device: of pixels those themselves."""
+        """The images (B, 3, H, W) of what was drawn (B, C, H, W), on any device: pixels are returned as they are."""
         if self.autoencoder is None:
             return x.expand(-1, 3, -1, -1)                    # of greyscale: three times the same
         batch = 8 if self.device.type == "cuda" else 1        # a 256x256 image needs 0.2 GB for it
@@ -120,8 +120,8 @@ class Samples:
 
     A PNG file is whole or not there. An npz is made when all its pixels are there, in a raw file. So what exists counts
     as done. A note of the settings lies with it, so that samples of two kinds never mix: exits if there are others that
-    may not be overwritten, or images that this script did not make. Those that may, go when new ones are drawn: a model
-    that can't draw, for want of memory say, loses nothing. For rank 0 alone."""
+    may not be overwritten, or images that this script did not make. Those that may are deleted when the first new
+    ones are drawn: a model that can't draw, for want of memory say, loses nothing. For rank 0 alone."""
 
     def __init__(self, path, n, sampler, settings, overwrite):
         self.path, self.n, self.sampler = path, n, sampler
@@ -231,14 +231,15 @@ def parse_args(argv=None):
     g.add_argument("--steps", type=at_least(1), nargs="+", default=[2, 4, 8, 64], metavar="N",
                    help="network evaluations per image, each a row of the grid (default: 2 4 8 64)")
     g.add_argument("-n", type=at_least(1), metavar="N",
-                   help="noises in the grid (default: 10, of more than two models 4), or images to --save")
+                   help="noises in the grid (default: 10, or 4 for more than two models), or images to --save")
     g.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
     g.add_argument("--class", dest="classes", nargs="+", metavar="C",
                    help="classes, by name or number, given to the images in turn (default: all of them)")
     g.add_argument("--guidance", type=finite, default=1.0, metavar="W",
                    help="classifier-free guidance: 1 is none; more follows the class more strictly, at twice the cost")
     g = p.add_argument_group("where to").add_mutually_exclusive_group()
-    g.add_argument("--out", metavar="PATH", help="the grid: a .png, or a folder for grid.png (default: beside --ckpt)")
+    g.add_argument("--out", metavar="PATH",
+                   help="the grid: a .png, or a folder for grid.png (default: beside the last --ckpt)")
     g.add_argument("--save", metavar="PATH", help="no grid but -n images: PNG files into a folder, or one .npz")
     g.add_argument("--export", metavar="DIR", help="no images: write the model in diffusers' layout")
     g = p.add_argument_group("LDM's models")

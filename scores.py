@@ -22,7 +22,7 @@ from inception import RANDOM, SHA256
 from runtime import log_stderr, progress, rank, ranks, sum_over_ranks
 
 VERSION = 2     # of all scores: a change to how they are computed, or stored, must raise it
-NOISES, MANY = 20, 64       # of fidelity: how many samples, and the steps of those that it compares with
+NOISES, MANY = 20, 64       # of fidelity: how many samples, and the step count of its reference
 KEPT = 5000     # features kept for what sums do not determine: 41 MB, however many images there are
 NEIGHBOURS = 3  # k of precision and recall: that of Kynkäänniemi et al. (2019)
 
@@ -47,7 +47,7 @@ class Statistics:
 
     @classmethod
     def load(cls, path):
-        """Read an npz of ours, or of pytorch-fid's, which knows no other weights. Raises DataError."""
+        """Read an npz of ours, or of pytorch-fid's, which is taken to be of its own weights. Raises DataError."""
         unknown = dict(images="unknown", size="unknown", note="no weights recorded: taken for pytorch-fid's")
         with reading(path, "holds no readable statistics"), np.load(path) as f:
             about = dict(version=VERSION, weights=SHA256, provenance=unknown)
@@ -182,7 +182,7 @@ def kid(x, y, subsets=100, size=1000):
     return float(np.mean(values)), float(np.std(values))
 
 def fidelity(x, reference):
-    """How much samples x (n, …) are those of a reference model, (n, …) from the same noise: (mean, standard error).
+    """How far samples x (n, …) agree with a reference model's (n, …) from the same noise: (mean, standard error).
 
         1 − ‖x − r‖² / E ‖r − r'‖²           r' another of the reference's
 
@@ -223,7 +223,7 @@ def metric_names(weights):
         return "rFID (random features)", None, *(f"r{name} (random features)" for name in others)
     return tuple(f"{name} (weights {weights[:8]})" for name in ("FD", "IS", "KD", *others[1:]))
 
-warn_once = cache(log_stderr)                                 # what would stand beside each cell of a table
+warn_once = cache(log_stderr)                                 # else each cell of a table would repeat it
 
 def compare(real, fake):
     """All scores of `fake` against `real` (Statistics), with what they are: dict(scores, features, real, fake).

@@ -1,4 +1,4 @@
-"""Beyond the paper: tell the network how far it jumps, and self-distillation gets a place to rest.
+"""Beyond the paper: tell the network how far it jumps, and self-distillation can come to rest.
 
     python train.py --distill 0.25 --shortcut     # one training, samples in 1 … 64 steps
     python distill.py --schedule shortcut         # the same for a trained model, from its own samples
@@ -12,8 +12,8 @@ denoiser. A share of the rows of each batch learns to jump, the others learn fro
                              where two steps of d/2 by a running average of the weights do (ddim_target)
     L = ‖v' − v_t‖²          d = 0: the diffusion loss of Equation 1
 
-It is Equation 1 with another second term. In training, b is the share of rows that jump over the whole run: none in the
-first half of the updates, as nothing is known yet to jump to, and 2b in the second, with three times the weight. N
+It is Equation 1 with another second term. In training, over the whole run a share b of the rows jumps: none in the
+first half of the updates, when there is nothing yet to jump to, and 2b in the second, with three times the weight. N
 steps are sampled with d = 1/N, or with two lengths (ddim.jump_times). In fine-tuning the rows that do not jump learn
 from the undistilled model, whose targets have no noise.
 
@@ -46,10 +46,10 @@ def shortcut_loss(xhat, average, x, eps, t, d, y, jumps, rest, anchor=None, w=1.
 
     xhat, average  Denoisers of v̂_θ and of the running average of its weights, which makes the targets of jumps
     x, eps         (B, C, H, W) data and noise;  t, d  (B,) times and step lengths, d = 0 in rows that do not jump
-    y              (B,) labels or None;  jumps, rest  the numbers of the rows that jump, and of those that do not
-    anchor         Denoiser of the undistilled model, which the rest then learns from; None: from the data
-    w              guidance weight of the shortest steps' targets, from where longer ones take it on (Frans et al.)
-    weight         of the rows that jump
+    y              (B,) labels or None;  jumps, rest  the indices of the rows that jump, and of those that do not
+    anchor         Denoiser of the undistilled model, from which the rest then learns; None: it learns from the data
+    w              guidance weight in the targets of the shortest steps; longer ones inherit it (Frans et al.)
+    weight         of the rows that jump, in the loss
     returns        loss (scalar), and by name what each kind of row adds to it, before the weight"""
     a, s = xhat.schedule(t)
     z = a * x + s * eps
@@ -87,12 +87,12 @@ def jump_rows(batch, b):
     return (row * b + 1e-9).floor().diff() > 0
 
 def step_lengths(jump, t, k):
-    """(t, d) (B,): d = 2^-k and t up to the next multiple of d, so that t − d >= 0, where `jump`; elsewhere t and 0."""
+    """(t, d) (B,). Where `jump`: d = 2^-k, t rounded up to a multiple of d, so that t − d >= 0; elsewhere t and 0."""
     d = 0.5 ** k
     return torch.where(jump, (t / d).ceil() * d, t), torch.where(jump, d, 0.0)
 
 def kinds_of_rows(trainer, b):
-    """(the mask of this rank's rows that jump, (numbers of those, numbers of the rest) in each part of them)."""
+    """(mask of this rank's rows that jump, [(their indices, indices of the rest) for each --accumulate part])."""
     jump, device = local_rows(jump_rows(trainer.args.batch, b)), trainer.device
     parts = [tuple(mask.nonzero().flatten().to(device) for mask in (part, ~part))
              for part in jump.chunk(trainer.args.accumulate)]
@@ -126,7 +126,7 @@ class OwnSamples(Images):
     """Samples of the undistilled model as a data set: `batch` gives what it draws (B, C, H, W), and labels.
 
     Drawn once, by all ranks, into a memory-mapped file in half precision, OUT/pool-….f16. Its name holds a hash of
-    `settings`, all that decides what is drawn. Drawing goes on where it was interrupted. Raises OSError on a
+    all that decides what is drawn, `settings` included. Drawing goes on where it was interrupted. Raises OSError on a
     full disk."""
 
     FIRST = 1_000_000_000                                     # from noise that no picture and no score starts from

@@ -68,7 +68,7 @@ def own_samples(trainer):
 def opened(args, state, device):
     """(net, source, model_info, images) of a run. Packs the images if need be; exits if model and flags do not fit.
 
-    state   of the run's own checkpoint, if it goes on;  source  the state of the file that net was read from
+    state   that of the run's own checkpoint if it is resumed, or None;  source  that of the file that net was read from
     images  the data set that the method or --fid-every reads, or None
     model_info  what the run's checkpoints will say of the model"""
     net, source = load_model(Path(args.out) / "ckpt.pt" if state else args.ckpt, device, name=args.ldm, size=args.size)

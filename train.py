@@ -117,7 +117,7 @@ def parse_args(argv=None):
     g.add_argument("--distill", type=float, nargs="?", const=0.15, default=0.0, metavar="b",
                    help="weight of the self-distillation term in Equation 1; the paper's is 0.15; 0: plain training")
     g.add_argument("--shortcut", action=argparse.BooleanOptionalAction, default=False,
-                   help="beyond the paper: tell the network how far it jumps; b is the share of rows that do")
+                   help="beyond the paper: tell the network how far it jumps; --distill b: the share of rows that do")
     g.add_argument("--target-ema", type=fraction, default=0.95, metavar="D",
                    help="with --shortcut: decay of the running average that makes the targets (default: 0.95)")
     g.add_argument("--preset", choices=PRESETS, default="toy", help="defaults for all other flags (default: toy)")
@@ -127,11 +127,11 @@ def parse_args(argv=None):
     g.add_argument("--data", metavar="PATH",
                    help="folder or zip of images, or an LSUN LMDB folder (default: the built-in pictures)")
     g.add_argument("--size", type=at_least(1), help="side of the training images in pixels (default: %(default)s)")
-    g.add_argument("--crop", type=positive, help="centre crop first: in pixels, or up to 1: a share of the side")
+    g.add_argument("--crop", type=positive, help="centre crop first: in pixels; up to 1: a share of the shorter side")
     g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half (default: on)")
     g.add_argument("--guidance", type=finite, default=1.0, metavar="W",
                    help="with --shortcut and --classes: the guidance that is built into jumps (default: 1, none)")
-    g.add_argument("--channels-in", type=int, choices=[1, 3], help="greyscale or RGB (default: as the images are)")
+    g.add_argument("--channels-in", type=int, choices=[1, 3], help="1: greyscale, 3: RGB (default: as the images are)")
     g.add_argument("--classes", action=argparse.BooleanOptionalAction, default=False,
                    help="condition on the labels (sub-folders), one in ten dropped, for guidance")
     g = p.add_argument_group("the model (each of these beats what --model says)")

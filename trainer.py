@@ -49,7 +49,7 @@ LABEL_DROPOUT = 0.1       # how often a label gives way to the null class
 class Trainer:
     """A network in training with its optimiser, its running average, its place in the run, and its files.
 
-    args         what flags.py asks of a run; args.out None: a loop that writes and prints nothing
+    args         the settings that flags.py gives a run; args.out None: a loop that writes no files
     model_info   what a checkpoint says of the model: schedule, predicts, shape, classes …, as sample.py needs them
     ema_warmup   the network starts from random weights, which its average must be quick to forget
     hooks        pairs (N, hook): hook(trainer) is called every N updates and after the last; returns dicts to log
@@ -135,7 +135,7 @@ class Trainer:
         count = self.args.accumulate
         for i, part in enumerate(zip(*([x] * count if x is None else x.chunk(count) for x in rows), strict=True)):
             if self.args.compile:
-                torch.compiler.cudagraph_mark_step_begin()    # what the last update's CUDA graphs put out is done with
+                torch.compiler.cudagraph_mark_step_begin()    # the last update's outputs are no longer needed
             # Ranks exchange their gradients in the last backward pass only.
             with self.shared.no_sync() if ranks() > 1 and i < count - 1 else contextlib.nullcontext():
                 yield part
@@ -161,7 +161,7 @@ class Trainer:
         self.pending.append(torch.stack([*means.values()]).float())
 
     def steps(self):
-        """The numbers of the updates to be made, from 0, or on from a checkpoint, to P − 1.
+        """Yields the numbers of the updates to make: from 0, or where a checkpoint left off, to P − 1.
 
         After each: the log, checkpoints, hooks. Every rank runs it, and rank 0 writes. Nothing here waits for a GPU
         except where a value is logged. A loss or gradient that is not finite ends the run with the last good checkpoint
@@ -288,7 +288,7 @@ class Trainer:
     def load(self, state, needs=()):
         """Take up the state of a checkpoint of the same network. Says so where the run can't go on bit for bit.
 
-        needs  names of what the loop wants of it, too: exits where it is too old to have them"""
+        needs  names of further entries that the loop needs: exits if the checkpoint is too old to have them"""
         if not {"extra_state", *needs} <= state.keys():
             sys.exit(f"error: {self.ckpt} is of an older version: it can be sampled and distilled, but not resumed")
         try:
@@ -330,7 +330,7 @@ def update_ema(average, net, decay):
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
 
 def data_of_run(images, state):
-    """What a checkpoint says of the data it learns from; tells if that is not what the run had until now."""
+    """What a checkpoint records of the data it learns from; prints a line if the run had other data until now."""
     now, was = dict(images=len(images), digest=images.digest()), (state or {}).get("data")
     if was not in (None, now):
         print(f"the data is not what it was: {was['images']:,} images then, {now['images']:,} now, or others; "
@@ -354,7 +354,7 @@ def batches(images, args, start, device):
 def catch_signals(trainer):
     """A list that is empty until Ctrl-C or SIGTERM arrives; a second Ctrl-C, or one in a hook, interrupts at once.
 
-    Not under torchrun: it passes on what the terminal sends as well, and ends a process that takes over 30 seconds."""
+    Neither does under torchrun, which sends each signal of the terminal again, and kills a process after 30 seconds."""
     stopped = []
     def handler(number, frame):
         if (stopped or trainer.interruptible) and ranks() == 1:

@@ -58,7 +58,7 @@ def seconds(out, batch):
 def evaluations(args):
     """How many images a run of distill.py with these settings puts through networks, with a gradient or without.
 
-    Of shortcut a row that jumps takes two more, another the anchor's one; its own samples count."""
+    With shortcut a row that jumps takes two more, any other the anchor's one; its own samples count."""
     method = METHODS[args.schedule]
     extra = 1 + args.share if method.shortcut else 2 if method.teacher else 1
     return round(args.updates * args.batch * (1 + extra)) + (args.pool * args.steps if method.shortcut else 0)
@@ -80,7 +80,7 @@ def tell_hours(runs, seconds):
     log_stderr(f"{runs} runs and scores to make: about {seconds / 3600:.1f} h")
 
 def climb(grid, start, value):
-    """The place in a grid, upwards from `start` by steps to a better neighbour, whose neighbours are both no better."""
+    """The point of a grid, reached from `start` by steps to better neighbours, that has no better neighbour."""
     i = grid.index(start)
     best = max([start, *grid[max(0, i - 1):i], *grid[i + 1:i + 2]], key=value)
     return start if best == start else climb(grid, best, value)
@@ -421,7 +421,7 @@ def claims_table(claims, columns, figures, values, by=""):
     """Lines of Markdown: a verdict on each claim in each column.
 
     claims  {claim: (a row, and another, of which the first should have the lower values)}
-    values  (row, column) -> what its seeds have that did not fall apart: the others count as the highest
+    values  (row, column) -> the values of its seeds that did not fall apart: the others count as the highest
     figures  the `Figures` that know those;  by  what the values are, in words"""
     def side(name, column):                                   # the undistilled model is one, and stands for all seeds
         return values(name, column) * (2 if name == "undistilled" else 1) + [math.inf] * figures.broken(name)

@@ -1,13 +1,13 @@
-"""Figure 3: does self-distillation help while a model is trained? Scores along the run, and at its end in all steps.
+"""Figure 3: does self-distillation help while a model is trained? Scores along the run, and at its end at every N.
 
     python experiments/figure3.py                                  # built-in pictures; 8 hours on an old core
     python experiments/figure3.py --data celeba-10k.zip            # faces of 16x16, for the same page; as long
     python experiments/figure3.py --data celeba-10k.zip --size 32  # of 32x32: four times as long
     python experiments/figure3.py --seeds 1                        # elsewhere: of one seed
 
-Trains plainly, with Equation 1, and told how far it jumps (docs/shortcut.md), for the same time each, and fine-tunes
-the plain model. Writes out/figure3/figure3.md, .json and .png (--out docs: adds to the page of the docs), and pictures
-of samples. What figure3.json has is not made again, and a run that was stopped goes on.
+Trains models plainly, with Equation 1, and told how far they jump (docs/shortcut.md), for the same time each, and then
+fine-tunes the plain one. Writes out/figure3/figure3.md, .json and .png (--out docs: adds to the page of the docs), and
+pictures of samples. What figure3.json has is not made again, and a run that was stopped goes on.
 """
 
 import sys
@@ -61,8 +61,8 @@ KINDS = {
     "shortcut": dict(share=1.07, evaluations=1.5, flags=["--distill", "0.25", "--shortcut", *TRAIN]),
     "shortcut, b = 0.125": dict(share=1.07, evaluations=1.25, flags=["--distill", "0.125", "--shortcut", *TRAIN]),
 }
-# Fine-tuning takes the time of 1,233 updates of plain training, its own samples included: 118,400 evaluations, of which
-# a backward pass makes two. So the second of these takes as long as one of the trainings.
+# Fine-tuning takes the time of 1,233 updates of plain training, its own samples included: 118,400 evaluations, where
+# a backward pass counts as two. So the second of these takes as long as one of the trainings.
 AFTER = {"plain, then shortcut": 1.2, "both in the time of one": 0.58}          # the share of the plain training
 TUNED = ["--schedule", "shortcut", "--no-guard"]
 NAMES = [*KINDS, *AFTER]

@@ -5,9 +5,9 @@
     python experiments/table2.py --data celeba-10k.zip --weights pt_inception.pth -n 10000 --out out/fid     # on a GPU
     python experiments/table2.py --data celeba-10k.zip --weights random --methods tsd dsdi  # adds rFID of these two
 
-Trains the base model, then distils it with every method at its own rate, chosen by fidelity, which is not shown, of a
-run of another seed (shortcut: at its default rate), and as the paper does, with its four at the rate that is best for
-TSD. Tells the time first. What table2.json has is not made again, so that several sittings, one after the other, may
+Trains the base model, then distils it with every method at its own rate, chosen by the fidelity (not shown) of a run
+of another seed (shortcut: at its default rate), and the paper's four also as the paper does, at the best rate for TSD.
+Tells the time first. What table2.json has is not made again, so that several sittings, one after the other, may
 each make some of it: with --seeds, and on another machine with the same base as --ckpt and table2.json copied along.
 """
 
@@ -83,7 +83,7 @@ def scored(table, ckpt, **more):
                 scores={str(s): table.quick.with_variety(sampler, s) for s in STEPS})
 
 def finals(args):
-    """{figure: (method, way)} of all that the table shows but the undistilled model."""
+    """{figure: (method, way, seed)} of all that the table shows but the undistilled model."""
     ways = [(name, OWN) for name in args.methods]
     ways += [(name, SAME) for name in PAPERS if {name, "tsd"} <= {*args.methods}]
     return {f"{source_of(args)}{name}, {way}, seed {seed}": (name, way, seed)
