@@ -30,14 +30,14 @@ from trainer import Trainer
 SHAPE = [2, 1, 1]
 MODEL_INFO = dict(schedule="cosine", predicts="v", shape=SHAPE, classes=[])
 
-class Mixture:
+class Mixture(Denoiser):
     """Eight Gaussians on a circle, of different weights. Its denoiser is exact: x̂(z_t) = E[x | z_t]."""
 
     def __init__(self, count=8, radius=1.2, std=0.12):
         angle = torch.arange(count) * (2 * math.pi / count)
         self.mean, self.std = radius * torch.stack([angle.cos(), angle.sin()], 1), std
         self.weight = torch.linspace(1, 2, count) / torch.linspace(1, 2, count).sum()
-        self.schedule, self.kind, self.lengths = Cosine(), "x", False
+        super().__init__(None, Cosine(), "x")
 
     def draw(self, n, generator=None):
         """n exact samples (n, 2, 1, 1)."""
