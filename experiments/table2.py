@@ -134,9 +134,10 @@ def tables(figures):
         lines += [row(name, [*about(name, runs), *(cell(values(name, s, metric)) for s in STEPS)])
                   for name, runs in found.items()]
     claims = {claim: pair for claim, pair in CLAIMS.items() if all(map(figures.seeds, pair))}
-    lines += claims_table(claims, STEPS, figures, lambda name, steps: values(name, steps, metrics[0]),
-                          f", by {metrics[0]}")
     sharpest = f"dsdgexp, {OWN}"
+    if claims or sharpest in found:
+        lines += claims_table(claims, STEPS, figures, lambda name, steps: values(name, steps, metrics[0]),
+                              f", by {metrics[0]}")
     if sharpest in found:
         sharp = [verdict([first["contrast"]] * 2, values(sharpest, s, "contrast")) for s in STEPS]
         lines.append(row("DSDGEXP over-sharpens (by contrast: every seed has more than the real images)", sharp))
