@@ -150,7 +150,7 @@ class Denoiser:
 
     def times(self, steps):
         """The N + 1 times of N DDIM steps when sampling, from noise to data. Raises ValueError if N is out of range."""
-        times = self.schedule.times(steps)
+        times = self.schedule.times(steps)                    # whose limits of N hold in either case
         return jump_times(steps) if self.lengths else times
 
     def output(self, z, t, y=None, w=1.0, d=None):

@@ -64,8 +64,8 @@ def make(table):
 def page(table):
     """The table in Markdown."""
     found = {name: runs for name in ("undistilled", *METHODS) if (runs := table.figures.of_seeds(name))}
-    lines = [f"`python experiments/settings.py --data …`: {table.figures}; [on what]({ABOUT}). Quick score at N steps, "
-             f"mean of seeds of distillation ± half their range, and contrast. Evaluations: thousands of images "
+    lines = [f"`python experiments/settings.py --data …`: {table.figures}; [on what]({ABOUT[16]}). Quick score at N "
+             f"steps, mean of seeds of distillation ± half their range, and contrast. Evaluations: thousands of images "
              f"through a network.", "",
              heading("setting", "flags", "seeds", "evaluations", *STEPS)]
     for name, runs in found.items():

@@ -46,7 +46,7 @@ METHODS = {                                                   # flags, and the r
     "dsdgl-average-long": ([*STEADIED, "--updates", "1536"], 3e-6),
 }
 PAPERS = "dsdn", "dsdi", "dsdgl", "dsdgexp"                   # which the paper compares with TSD at one rate
-ABOUT = "results.md#every-method-on-faces"
+ABOUT = {16: "results.md#every-method-on-faces", 32: "shortcut.md#faces"}       # what was distilled, by size
 OWN, SAME = "own rate", "TSD's rate"
 
 # The claim, and two rows of which the first should have the lower score.
@@ -106,10 +106,10 @@ def make(table):
 
 def page(table):
     """The page in Markdown."""
-    lines = [f"`python experiments/table2.py --data …`: {table.figures}; [on what]({ABOUT}). Means of seeds of "
-             f"distillation, ± half their range; the base model is one. Own rates: chosen by the fidelity of a run of "
-             f"seed {table.CHOICE}, but for shortcut's, which is the default. Evaluations: thousands of images through "
-             f"a network."]
+    lines = [f"`python experiments/table2.py --data …`: {table.figures}; [on what]({ABOUT[table.args.size]}). Means of "
+             f"seeds of distillation, ± half their range; the base model is one. Own rates: chosen by the fidelity of "
+             f"a run of seed {table.CHOICE}, but for shortcut's, which is the default. Evaluations: thousands of "
+             f"images through a network."]
     return "\n".join([*lines, *(line for source in table.figures.sources()
                                 for line in tables(table.figures.of_source(source)))])
 
