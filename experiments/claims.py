@@ -26,9 +26,9 @@ import distill
 plt = pyplot()
 STEPS = 1, 2, 4, 8
 ABOUT = "results.md#how-many-updates-and-one-method-after-the-other"
-TICKS = 32, 64, 128, 256, 512                                 # of the picture
+TICKS = 32, 128, 512, 1024                                    # of the picture
 KINDS = {                                                     # flags, and for each P the rate to begin the search at
-    "dsdi": (["--schedule", "dsdi"], {32: 1e-5, 128: 3e-6, 512: 1e-6, 160: 3e-6, 320: 1e-6}),
+    "dsdi": (["--schedule", "dsdi"], {32: 1e-5, 128: 3e-6, 512: 1e-6, 1024: 1e-6, 160: 3e-6, 320: 1e-6}),
     "tsd": (["--schedule", "tsd"], {32: 1e-4, 128: 3e-5, 512: 1e-5}),
     "pd": (["--schedule", "pd"], {32: 3e-4, 128: 1e-4, 256: 1e-4, 512: 3e-5}),
 }
@@ -45,6 +45,7 @@ ORDERS = {
 CLAIMS = {
     "few updates suffice: 128 of DSDI beat the undistilled model": ("dsdi, P = 128", "undistilled"),
     "128 beat 512 of DSDI, each at its best rate": ("dsdi, P = 128", "dsdi, P = 512"),
+    "128 beat 1,024": ("dsdi, P = 128", "dsdi, P = 1024"),
     "DSDI's 128 beat PD's 128": ("dsdi, P = 128", "pd, P = 128"),
     "PD's 512 beat its 128": ("pd, P = 512", "pd, P = 128"),
     "PD's 512 beat DSDI's 128": ("pd, P = 512", "dsdi, P = 128"),

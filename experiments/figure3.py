@@ -117,7 +117,7 @@ def made(args, images, name, seed, quick):
     return dict(curve=curve, last=last, seconds=round(took), evaluations=count)
 
 def make(args, figures):
-    """All runs that are missing, of one data set, and a picture of their samples."""
+    """All runs that are missing, of one data set, and a picture of samples of all that there are."""
     images = f"faces, {args.size}x{args.size}" if args.data else "built-in"
     missing = [(name, seed) for seed in args.seeds for name in args.rows
                if f"{images}, {name}, seed {seed}" not in figures.values]
@@ -128,8 +128,9 @@ def make(args, figures):
         quick = QuickScore(args.data, given.size, given.crop, args.n)
     for name, seed in missing:
         figures.made(f"{images}, {name}, seed {seed}", made, args, images, name, seed, quick)
-    runs = [place(args, images, name, args.seeds[0]) / "ckpt.pt" for name in NAMES]
-    if args.rows == NAMES and all(run.exists() for run in runs):
+    runs = [place(args, images, name, args.seeds[0]) / "ckpt.pt" for name in NAMES
+            if figures.values.get(f"{images}, {name}, seed {args.seeds[0]}")]
+    if runs and all(run.exists() for run in runs):            # none is drawn where one was made elsewhere
         sample.main(["--ckpt", *map(str, runs), "--steps", "1", "2", "4", "64", "--device", args.device,
                      "--out", str(args.out / f"figure3-{file_name(images)}.png")])
 
@@ -179,7 +180,7 @@ def main(argv=None):
     p = shared_flags("figure3", __doc__, samples=512)
     p.add_argument("--size", type=int, choices=SIZES, default=16, help="of faces (default: 16)")
     p.add_argument("--rows", nargs="+", choices=NAMES, default=NAMES, metavar="ROW",
-                   help="only the runs of these, and no picture: of " + ", ".join(map(repr, NAMES)) + " (default: all)")
+                   help="only the runs of these, of " + ", ".join(map(repr, NAMES)) + " (default: all)")
     args = p.parse_args(argv)
     if args.size != 16 and not args.data:
         p.error("--size is of faces: give them as --data")

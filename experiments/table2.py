@@ -101,8 +101,13 @@ def make(table):
     rates = table.rates()
     for figure, (name, way, seed) in finals(table.args).items():
         table.made(figure, of_run, name, rates[name if way == OWN else "tsd"], seed)
-    if rates.keys() == METHODS.keys():
-        table.draw(rates, "--steps", *map(str, STEPS), "-n", "2")
+    table.draw(shown(table), "--steps", *map(str, STEPS), "-n", "2")
+
+def shown(table):
+    """{method: its rate} of the first seed's runs at their own rates that are made by now, for the picture."""
+    done = {figure.rpartition(": ")[2]: value for figure, value in table.figures.values.items()}
+    found = {name: done.get(f"{name}, {OWN}, seed {table.args.seeds[0]}") for name in METHODS}
+    return {name: run["lr"] for name, run in found.items() if run}
 
 def page(table):
     """The page in Markdown."""
@@ -149,7 +154,7 @@ def main(argv=None):
                    help="side of the images (default: 16); the names of others' files and folders end in it: table2-32")
     p.add_argument("--weights", metavar="FILE", help="score by fid.py with these features, not by the quick score")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="M",
-                   help="only the runs of these, and no picture (default: all)")
+                   help="only the runs of these (default: all); the page and the picture have what is there")
     args = p.parse_args(argv)
     name, args.runs = (end + f"-{args.size}" * (args.size != 16) for end in ("table2", args.runs))
     table = Experiment(name, args, [*BASE, *SIZES[args.size]], {m: METHODS[m] for m in args.methods})
