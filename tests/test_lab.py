@@ -41,6 +41,18 @@ def test_every_method_improves_few_step_samples(schedule, mixture, net):
     assert after[TWO] < 0.95 * before[TWO] and after[FOUR] < 0.8 * before[FOUR], (before, after)
     assert after[EIGHT] < 1.1 * before[EIGHT], (before, after)
 
+def test_a_model_that_is_told_its_step_comes_to_rest(mixture, net):
+    """It samples as well as anyone can tell in every number of steps, and three times the updates spoil nothing."""
+    exact = max(lab.noise_of_distances(mixture))
+    for updates in (600, 1800):
+        settings = lab.SETTINGS["shortcut"] | dict(updates=updates)
+        found = lab.distances(lab.in_the_lab(net, mixture, "shortcut", **settings), mixture)
+        assert max(found) < exact, (updates, found)
+
+def test_one_training_with_jumps_is_enough(mixture):
+    found = lab.distances(lab.trained_to_jump(mixture), mixture)
+    assert max(found) < max(lab.noise_of_distances(mixture)), found
+
 def test_an_average_as_the_target_steadies_self_distillation(mixture, net):
     """The feedback of DSD: at this rate it blows up. With --target-ema it is better than TSD instead."""
     steadied = lab.distances(lab.in_the_lab(net, mixture, **lab.STEADIED), mixture)

@@ -16,6 +16,7 @@ from conftest import ROOT, labelled_images, log_of
 from gradients import METHODS, gradients
 from torch.testing import assert_close
 
+import distill
 import fid
 import sample
 import train
@@ -90,6 +91,15 @@ def test_samples_and_scores_of_two_processes_are_those_of_one(tiny, tmp_path):
     one, two = (json.loads((tmp_path / name / "table.json").read_text())["out"][0] for name in ("one", "two"))
     assert one["scores"] == pytest.approx(two["scores"], rel=1e-7, abs=1e-9)
     assert one["fake"] == two["fake"] and one["real"] == two["real"] and one["fake"]["images"] == 14
+
+def test_own_samples_of_two_processes_are_those_of_one(tiny, tmp_path):
+    train.main([*tiny, "--updates", "2", "--out", str(tmp_path / "base")])
+    flags = ["--schedule", "shortcut", "--ckpt", str(tmp_path / "base"), "--pool", "13", "--steps", "2", "--batch", "4",
+             "--updates", "1", "--device", "cpu", "--dtype", "fp32", "--out"]
+    done(torchrun("distill.py", *flags, tmp_path / "two"))
+    distill.main([*flags, str(tmp_path / "one")])
+    one, two = (next((tmp_path / name).glob("pool-*")) for name in ("one", "two"))
+    assert one.name == two.name and one.suffix == ".f16" and one.read_bytes() == two.read_bytes()
 
 def pid_of(number, out):
     """The process of rank `number` that trains into `out`."""

@@ -241,8 +241,23 @@ def test_training_learns_to_jump_and_goes_on(small_run, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="guidance 2 is built into"):
         sample.main(["--ckpt", str(tmp_path / "out" / "ckpt.pt"), "--guidance", "3", "--device", "cpu"])
 
+def test_the_guidance_that_is_asked_for_is_what_both_trainings_learn(small_run, tmp_path):
+    """Nothing else reads it: the batches are the same, and so were the weights if it did not reach the targets."""
+    def ends(script, name, w, *flags):
+        out = tmp_path / f"{name}-{len(w)}-{w[0]}"
+        script.main([*flags, "--updates", "10", "--guidance", *w, "--overwrite", "--out", str(out)])
+        return load_checkpoint(out / "ckpt.pt")
+    data = [*small_run[:-2], "--classes"]
+    train.main([*data, "--updates", "2", "--out", str(tmp_path / "base")])
+    tune = ["--schedule", "shortcut", "--ckpt", str(tmp_path / "base"), "--data", str(tmp_path / "data"), "--cache",
+            str(tmp_path / "cache"), "--batch", "8", "--device", "cpu"]
+    for script, flags, count in ((train, [*data, "--distill", "0.25", "--shortcut"], 1), (distill, tune, 2)):
+        first, again, other = (ends(script, script.__name__, [w] * count, *flags) for w in "223")
+        assert same(first["weights"], again["weights"]) and not same(first["weights"], other["weights"])
+        assert (first["guidance"], other["guidance"]) == (2, 3)
+
 @pytest.mark.parametrize("extra", [[], ["--accumulate", "2"]])
-def test_fine_tuning_without_data(trained, tmp_path, extra):
+def test_fine_tuning_without_data(trained, tmp_path, extra, capsys):
     """The plain model takes the path on and learns to jump; it is the anchor, and its samples are the data."""
     distill.main([*trained, *extra, "--updates", "8", "--out", str(tmp_path / "out")])
     state, log = load_checkpoint(tmp_path / "out" / "ckpt.pt"), log_of(tmp_path / "out")
@@ -251,6 +266,7 @@ def test_fine_tuning_without_data(trained, tmp_path, extra):
     assert same(anchor, base["ema"]) and log[0]["jump"] > 0
     assert log[0]["v"] < 1e-7 and log[-1]["v"] > log[0]["v"]  # zero but for rounding: the anchor sees other batches
     assert state["config"]["step_length"] and state["history"][-1]["how"] == "shortcut"
+    assert "drawing 20 samples of its own: 80 evaluations" in capsys.readouterr().err
     (pool,) = (tmp_path / "out").glob("pool-*")
     samples = np.fromfile(pool, np.float16).reshape(20, 3, 8, 8)
     net, s = sample.load_model(trained[3])
