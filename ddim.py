@@ -156,12 +156,12 @@ class Denoiser:
     def output(self, z, t, y=None, w=1.0, d=None):
         """The network's own output; if w ≠ 1 guided: null + w (class − null), in one batch (Ho & Salimans 2022).
 
-        w: a number, or a tensor (B, 1, 1, 1) with a weight for each image (which is then always guided). Raises
-        ValueError for guidance of a model without a null class."""
+        w: a number, None for 1, or a tensor (B, 1, 1, 1) with a weight for each image (which is then always guided).
+        Raises ValueError for guidance of a model without a null class."""
         t, d = self.schedule.shown(t), dict(d=d) if self.lengths and d is not None else {}
         if y is None:
             return self.net(z, t, **d)
-        if not torch.is_tensor(w) and w == 1.0:
+        if w is None or (not torch.is_tensor(w) and w == 1.0):
             return self.net(z, t, y, **d)
         if self.null is None:
             raise ValueError("guidance needs a model with a null class")
@@ -197,10 +197,10 @@ def ddim_inverse(schedule, z, z1, t, t1):
 def ddim_target(xhat, z, x1, t, t1, t2, target="ddim", **cond):
     """Two small steps t -> t' -> t'' and the x'' with which one big step would land there too (Algorithm 2).
 
-    z (B, C, H, W) at t; x1 = x̂(z_t), already evaluated; `xhat` makes the second prediction, with `cond`
-    (y, w, d) as its condition. Returns x'' and z_t'', both without gradient: x'' is the target that x' is
-    pulled to, and z_t'' is where the next pair of steps begins. target "x0" returns x̂(z_t') itself as x'',
-    which is what sections 1 and 4.1 and Figure 1 describe."""
+    z (B, C, H, W) at t; x1 = x̂(z_t), or the teacher's, already evaluated; `xhat`, or the teacher, makes the second
+    prediction, x0 = x̂(z_t'), with `cond` (y, w, d) as its condition. Returns x'' and z_t'', both without gradient: x''
+    is the target that x' is pulled to, and z_t'' is where the next pair of steps begins. target "x0" returns x̂(z_t')
+    itself as x'', which is what sections 1 and 4.1 and Figure 1 describe."""
     schedule = xhat.schedule
     z1 = ddim_step(schedule, z, x1, t, t1)
     x0 = xhat(z1, t1, **cond)

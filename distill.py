@@ -48,7 +48,7 @@ def distillation_loss(xhat, z, t, t1, t2, y, w, target_model, teacher=None, targ
     small ones t -> t' -> t'' do.
 
     xhat    x̂_θ, the Denoiser in training;  z (B, C, H, W) noisy images z_t;  t, t1, t2 times, each (B,)
-    y, w    class (B,) and guidance weight (B, 1, 1, 1), the same in all evaluations; None for models without classes
+    y, w    class (B,) and guidance weight (B, 1, 1, 1), the same in all evaluations; None: no classes, no guidance
     target_model  the Denoiser that takes the second step: x̂_θ itself (DSD), a running average of it, or the teacher
     teacher       x̂_η of TSD and PD, which takes the first step, too; None: x̂_θ does
     returns loss (scalar), and z_t'' (B, C, H, W), where a trajectory goes on: no gradient
@@ -64,12 +64,15 @@ def distillation_loss(xhat, z, t, t1, t2, y, w, target_model, teacher=None, targ
     return (weights * (x1 - x2).square()).mean(), z2
 
 def guidance_weight(trainer):
-    """One guidance weight w ~ U[low, high] for the whole batch (section 5): this rank's rows (B, 1, 1, 1)."""
+    """One guidance weight w ~ U[low, high] for the whole batch (section 5): this rank's rows (B, 1, 1, 1). None if it
+    is always 1, which needs no second evaluation."""
     low, high = trainer.args.guidance
+    if low == high == 1:
+        return None
     w = low + (high - low) * torch.rand(1, 1, 1, 1, generator=trainer.random, device=trainer.device)
     return w.expand(trainer.args.batch // ranks(), 1, 1, 1)
 
-def fine_tune(trainer, plan, stream=None):
+def fine_tune(trainer, depths, stream=None):
     """Algorithm 2, fine-tuning DSD: a batch walks from noise to data, and the model learns from two steps at a time.
 
     With a teacher, renewed at each depth: TSD. With --target-ema an average of the weights takes the second step."""
@@ -81,7 +84,7 @@ def fine_tune(trainer, plan, stream=None):
     target_model = teacher or (trainer.denoiser(average) if average else xhat)
     z, y, w = (trainer.carried.get(name) for name in ("z", "y", "w"))
     for step in trainer.steps():                              # logs, saves, resumes, stops
-        N, u = locate(plan, step)                             # N_i, and which of its U_i updates this is
+        N, u = locate(depths, step)                           # N_i, and which of its U_i updates this is
         if frozen and u == 0:
             update_ema(frozen, net, decay=0)                  # η ← θ
         i = N - 2 * u % N                                     # i = N_i, N_i − 2, … 2, and from N_i again
@@ -98,18 +101,18 @@ def fine_tune(trainer, plan, stream=None):
             z2.append(arrived)
         trainer.update()                                      # θ ← θ − γ ∇_θ L
         z = torch.cat(z2)                                     # z_t'': there the trajectory goes on
-        trainer.carried = dict(z=z) | (dict(y=y, w=w) if classes else {})
+        trainer.carried = {name: rows for name, rows in dict(z=z, y=y, w=w).items() if rows is not None}
 
-def progressive(trainer, plan, stream):
+def progressive(trainer, depths, stream):
     """Algorithm 1, progressive distillation: a student of N/2 steps learns from its teacher's N on noised data.
 
     stream  yields data (x, y) on the device: this rank's rows of each batch"""
     args, classes, schedule = trainer.args, trainer.net.config.classes, trainer.schedule
     frozen = trainer.second_net("teacher")
     xhat, teacher = trainer.denoiser(), trainer.denoiser(frozen)          # x̂_θ, x̂_η
-    times = {N: torch.tensor(schedule.equal_times(N), device=trainer.device) for N, _ in plan}
+    times = {N: torch.tensor(schedule.equal_times(N), device=trainer.device) for N, _ in depths}
     for step in trainer.steps():
-        N, u = locate(plan, step)                             # twice the paper's N: the teacher's steps
+        N, u = locate(depths, step)                           # twice the paper's N: the teacher's steps
         if u == 0:
             update_ema(frozen, trainer.net, decay=0)          # η ← θ: the student becomes the next teacher
         x, y = next(stream)                                   # x ~ D
@@ -124,13 +127,13 @@ def progressive(trainer, plan, stream):
             trainer.backward(loss)
         trainer.update()                                      # θ ← θ − γ ∇_θ L
 
-def fine_tune_shortcut(trainer, plan, stream):
+def fine_tune_shortcut(trainer, depths, stream):
     """Beyond the paper (shortcut.py): jumps of every length at once, anchored by the undistilled model."""
     args = trainer.args
     shortcut(trainer, stream, args.share, trainer.second_net("anchor"), args.guidance[0])
 
 def loop_of(schedule):
-    """The loop of a method: loop(trainer, plan, stream)."""
+    """The loop of a method: loop(trainer, depths, stream), depths as plans.plan gives them."""
     method = METHODS[schedule]
     return fine_tune_shortcut if method.shortcut else progressive if method.data else fine_tune
 
@@ -219,6 +222,10 @@ def check(p, args):
          f"--target-ema is for the methods without a teacher; in {args.schedule} the teacher makes the target"),
         (args.data and not (method.data or method.shortcut or args.fid_every),
          f"{args.schedule} reads no data; --data is for pd, shortcut and --fid-every"),
+        (not method.shortcut and any(getattr(args, k) != p.get_default(k) for k in ("share", "pool")),
+         f"--share and --pool are for shortcut, not for {args.schedule}"),
+        (method.shortcut and any(getattr(args, k) != p.get_default(k) for k in ("target", "weight")),
+         "--target and --weight are of Algorithms 1 and 2: shortcut has a loss of its own"),
         (method.shortcut and not jump_rows(args.batch, args.share).any(),
          f"--share {args.share:g} of --batch {args.batch}: no row would learn to jump"),
         (method.shortcut and args.guidance[0] != args.guidance[1],
@@ -254,7 +261,7 @@ def main(argv=None):
           f"{describe_device(device)} in {args.dtype}, from {args.steps} steps, lr {args.lr:g} to {final_rate(args):g}")
     remember_before(trainer, source, state)
     prepare_out(args, state)
-    method, steps = METHODS[args.schedule], plan(args.schedule, args.steps, args.updates)
+    method, depths = METHODS[args.schedule], plan(args.schedule, args.steps, args.updates)
     if method.shortcut and net.config.classes:
         model_info["guidance"] = args.guidance[0]             # from here on built in
     if method.shortcut and not reads_data(args):
@@ -263,13 +270,17 @@ def main(argv=None):
     guard = Guard(trainer, args.for_steps, args.guard)
     trainer.hooks.insert(0, (args.sample_every or args.updates, guard.picture))
     def watch(trainer):
-        depth = {} if method.shortcut else dict(depth=locate(steps, trainer.step - 1)[0])
+        depth = {} if method.shortcut else dict(depth=locate(depths, trainer.step - 1)[0])
         return depth | guard(trainer)
     trainer.watch = watch
-    loop_of(args.schedule)(trainer, steps, stream)
-    scores, best = f"--ldm {args.ldm} --data IMAGES " if args.ldm else "", model_info["best"]["step"]
+    loop_of(args.schedule)(trainer, depths, stream)
+    best, w = model_info["best"], model_info.get("guidance", 1)
+    scores = f"--ldm {args.ldm} --data IMAGES " * bool(args.ldm) + f"--guidance {w:g} " * (w != 1)
     print(f"done: {trainer.ckpt} and {trainer.out}/samples-{trainer.step:06d}.png"
-          + (f"; the best fidelity was that of update {best}: {trainer.out}/best.pt" if best < trainer.step else "")
+          + (f"; the best fidelity was that of update {best['step']}: {trainer.out}/best.pt"
+             if best["step"] < trainer.step else "")
+          + (f"; no update had as much as there was before, {guard.score(guard.had):.3f}"
+             if best["fidelity"] < guard.score(guard.had) else "")
           + f"; scores: python fid.py {scores}--ckpt {args.ckpt} {trainer.ckpt}")
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def reference_path(images, features, count=None):
 def sampled_statistics(sampler, steps, n, features, provenance, batch=64):
     """Statistics of n images drawn from a model on the fly, rounded to 8 bits as if they had been saved. On rank 0."""
     batches = ((start, to_pixels(sampler(indices, steps))) for start, indices in own_batches(range(n), batch))
-    provenance = provenance | dict(steps=steps, seed=sampler.seed, guidance=sampler.w,
+    provenance = provenance | dict(steps=steps, seed=sampler.seed, guidance=sampler.guidance,
                                    classes=sampler.classes and "uniform")
     return statistics_of_batches(batches, n, features, provenance, f"{steps} steps")
 
@@ -188,8 +188,8 @@ def fidelity_scorer(sampler, state):
     The reference is what the undistilled model drew, as the checkpoint has it, or else the model itself, in MANY steps.
     Classes are spread over all, and guidance is that of the sampler: a distilled model whose reference had another gets
     no score."""
-    r, guidance = state.get("reference"), sampler.w * state.get("guidance", 1)      # one of the two is 1
-    if r is not None and state.get("reference_guidance", guidance) != guidance:
+    r = state.get("reference")
+    if r is not None and state.get("reference_guidance", sampler.guidance) != sampler.guidance:
         return lambda steps: {}
     n = NOISES if r is None else len(r)
     own = Sampler(sampler.xhat.net, state, sampler.device, sampler.dtype,
@@ -210,7 +210,7 @@ def evaluate(args, path, features, device):
     count = args.real if args.real and args.real < len(images) else None
     def kept(steps):
         """The file of a score."""
-        key = dict(model, version=VERSION, steps=steps, n=args.n, seed=args.seed, guidance=args.guidance,
+        key = dict(model, version=VERSION, steps=steps, n=args.n, seed=args.seed, guidance=sampler.guidance,
                    features=features.id, reference=images.folder.name,          # not the path: it may have moved
                    neighbours=NEIGHBOURS)
         key |= dict(real=count) if count else {}
@@ -324,7 +324,7 @@ def parse_args(argv=None):
         p.error("--save needs a file ending in .npz, another than REAL and FAKE, and image files")
     if len(args.sides) not in ([0] if args.ckpt else [1, 2] if args.save else [2]):
         p.error("give REAL and FAKE, or one of them with --save, or --ckpt")
-    models = ["-n" if k == "n" else f"--{k}" for k in ("data", "steps", "real", "n", "guidance", "ldm")
+    models = ["-n" if k == "n" else f"--{k}" for k in ("data", "steps", "real", "n", "guidance", "ldm", "seed", "raw")
               if getattr(args, k) != p.get_default(k)]
     if args.sides and models:
         p.error(f"{', '.join(models)}: of models only, which --ckpt names")

@@ -98,8 +98,8 @@ def parse_with_saved(p, argv, defaults, fixed):
     given = p.parse_args([flag for flag in argv if flag not in ("-h", "--help")])
     settings = defaults(given)
     out = Path(given.out or settings["out"])
-    if given.resume and (out / "log.jsonl").exists() and not (out / "ckpt.pt").exists():
-        sys.exit(f"error: the run in {out} ended before its first checkpoint: start it again, without --resume")
+    if given.resume and not (out / "ckpt.pt").exists():
+        sys.exit(f"error: {out} has no checkpoint to go on from: start the run without --resume")
     saved = load_checkpoint(out / "ckpt.pt")["args"] if given.resume else {}
     if saved and hasattr(given, "schedule") != ("schedule" in saved):
         sys.exit(f"error: the run in {out} is one of {'distill' if 'schedule' in saved else 'train'}.py")
@@ -115,7 +115,8 @@ def parse_with_saved(p, argv, defaults, fixed):
     if wrong := sorted(changed & fixed(args)):
         p.error(f"--resume can't change {', '.join('--' + name.replace('_', '-') for name in wrong)}: what the run has "
                 f"done until now depends on it")
-    harmless = {"cache", "dry_run", "sample_every", "save_every", "tensorboard", *(["updates"] if stays else [])}
+    harmless = {"cache", "dry_run", "sample_every", "save_every", "tensorboard", "fid_every", "fid_samples", "weights",
+                "guard", "for_steps", *(["updates"] if stays else [])}
     if changed := changed - harmless:
         print(f"resuming with another {', '.join(sorted(changed))}: "
               f"no longer the same as a run that was never interrupted")

@@ -98,7 +98,8 @@ class Guard:
                             f"the best until now, of update {best}. Try a third of --lr, fewer --updates, or "
                             f"--schedule shortcut (--no-guard lets a run go on)")
         if last and (near := self.outside(seen, NEAR)):
-            log_stderr(f"\nnear the edge of what is sane: {near}. Look at the pictures, and at {trainer.out}/best.pt")
+            log_stderr(f"\nwithin {NEAR} of the edge of what is sane, or beyond: {near}. Look at the pictures, and at "
+                       f"{trainer.out}/best.pt")
         return seen
 
     def picture(self, trainer):
@@ -122,20 +123,22 @@ class Guard:
     def outside(self, seen, margin=0.0):
         """What of a look leaves the band, or comes as near to its edge as `margin`, in words; "" if nothing does.
 
-        A fidelity of 0.5 is that of the average picture: less is worse than no picture at all. If the undistilled
-        model had hardly more, the edge lies a little below what it had. Other step counts than WATCHED count only if
-        the model is for them (`judged`): at many steps the paper's methods get worse."""
-        edge = {f"fidelity_{s}": min(FIDELITY, self.had[f"fidelity_{s}"] - NEAR) for s in self.steps}
-        low = [f"{key} {seen[key]:.2f}, below {edge[key]:.2f}" for key in edge if seen[key] < edge[key] + margin]
-        high = [f"{key} {seen[key]:.2f}, above {CONTRAST}" for key in (f"contrast_{s}" for s in self.steps)
-                if seen[key] > CONTRAST - margin]
-        return "; ".join(low + high)
+        A fidelity of 0.5 is that of the average picture: less is worse than no picture at all. If the model had hardly
+        more before the run, or more contrast than CONTRAST, the edge lies a little beyond that. Other step counts than
+        WATCHED count only if the model is for them (`judged`): at many steps the paper's methods get worse."""
+        low = {key: min(FIDELITY, self.had[key] - NEAR) for key in (f"fidelity_{s}" for s in self.steps)}
+        high = {key: max(CONTRAST, self.had[key] + NEAR) for key in (f"contrast_{s}" for s in self.steps)}
+        return "; ".join([f"{k} {seen[k]:.2f}, at least {low[k]:.2f} is sane" for k in low if seen[k] < low[k] + margin]
+                         + [f"{k} {seen[k]:.2f}, at most {high[k]:.2f} is" for k in high if seen[k] > high[k] - margin])
+
+    def score(self, seen):
+        """The mean fidelity of a look at the step counts that it judges by."""
+        return sum(seen[f"fidelity_{s}"] for s in self.judged) / len(self.judged)
 
     def _keep_best(self, trainer, seen):
         """Keep the model if its fidelity is the highest until now: more updates often make it worse."""
-        score = sum(seen[f"fidelity_{s}"] for s in self.judged) / len(self.judged)
-        if score > trainer.model_info.get("best", {}).get("fidelity", -math.inf):
-            trainer.model_info["best"] = dict(fidelity=score, step=trainer.step)
+        if self.score(seen) > trainer.model_info.get("best", {}).get("fidelity", -math.inf):
+            trainer.model_info["best"] = dict(fidelity=self.score(seen), step=trainer.step)
             trainer.save_best()
 
 # ---- scores ----------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ METHODS = {
     "dsdn": Method(lambda n: [n]),
     "dsdi": Method(halves),
     "dsdgl": Method(downwards),
-    # Eq. 2: exp(1/S), S = …, 6, 4, 2, 1 the step count that depth N_i aims at (read so that few steps get most)
+    # Eq. 2: exp(1/S), S = …, 6, 4, 2, 1 the depth after N_i, and 1 after 2 (read so that few steps get most)
     "dsdgexp": Method(downwards, lambda depth: math.exp(1 / max(1, depth - 2))),
     "tsd": Method(halves, teacher=True),
     "pd": Method(halves, teacher=True, data=True),

@@ -45,12 +45,13 @@ class Sampler:
     """A checkpoint's model made ready to draw images by their number.
 
     xhat     Denoiser;  shape (C, H, W) of what it draws: an image, or the latents that LDM's autoencoder decodes
-    classes  class indices given to image 0, 1, 2 … in turn, or None for an unconditional model;  w  their guidance"""
+    classes  class indices given to image 0, 1, 2 … in turn, or None for an unconditional model
+    w        the guidance of its evaluations: 1 where it is built into the model;  guidance  that of its images"""
 
     def __init__(self, net, state, device="cpu", dtype="fp32", classes=None, w=1.0, seed=0):
         self.xhat, self.shape, self.names = Denoiser.of(net, state), state["shape"], state.get("classes")
         self.device, self.dtype, self.classes, self.w, self.seed = torch.device(device), dtype, classes, w, seed
-        self.state = state
+        self.state, self.guidance = state, w * state.get("guidance", 1)      # what is built in counts: one of them is 1
         self.image_shape = [3, image_size(state), image_size(state)]     # greyscale is saved as RGB
 
     @cached_property
@@ -255,6 +256,8 @@ def parse_args(argv=None):
         p.error("--save needs -n, exactly one step count and one --ckpt: --steps 8 -n 50000 --save DIR")
     if args.export and len(args.ckpt) != 1:
         p.error("--export writes one model: give one --ckpt")
+    if args.export and (args.classes or args.guidance != 1):
+        p.error("--export writes the whole model: it takes no --class and no --guidance")
     if args.out and Path(args.out).suffix not in ("", ".png") and not Path(args.out).is_dir():
         p.error(f"--out {args.out}: the grid is a .png")
     return args
@@ -264,8 +267,8 @@ def pick_classes(wanted, guidance, state):
     count, names = state["config"]["classes"], state["classes"]
     if not count and (wanted or guidance != 1):
         sys.exit("error: this model was trained without --classes, so it knows no --class and no --guidance")
-    if guidance != 1 and state.get("guidance", 1) != 1:
-        sys.exit(f"error: guidance {state['guidance']:g} is built into this model, so it takes no --guidance")
+    if guidance != 1 and state.get("guidance", 1) not in (1, guidance):
+        sys.exit(f"error: guidance {state['guidance']:g} is built into this model, so it takes no other --guidance")
     numbers = {str(i): i for i in range(count)} | {name: i for i, name in enumerate(names)}
     for c in wanted or []:
         if c not in numbers:
@@ -281,7 +284,8 @@ def load_sampler(path, args, device, dtype):
     """(Sampler, state) of one checkpoint, with the classes, guidance and seed of the flags. Exits if it can't be."""
     net, state = load_model(path, device, not args.raw, args.ldm, args.size)
     classes = pick_classes(args.classes, args.guidance, state)
-    sampler = Sampler(net, state, device, dtype, classes, args.guidance, args.seed)
+    w = 1.0 if args.guidance == state.get("guidance") else args.guidance       # what is built in needs no w
+    sampler = Sampler(net, state, device, dtype, classes, w, args.seed)
     try:
         sampler.xhat.times(max(args.steps))
     except ValueError as e:
@@ -306,7 +310,7 @@ def main(argv=None):
             export(sampler.xhat.net, state, path)
     elif args.save:
         settings = dict(ckpt=model_hash(state), steps=args.steps[0], seed=args.seed, classes=sampler.classes,
-                        guidance=args.guidance, weights="raw" if args.raw else "ema", dtype=dtype)
+                        guidance=sampler.guidance, weights="raw" if args.raw else "ema", dtype=dtype)
         settings |= {"size": image_size(state)} if "ldm" in state else {}          # the others have only one
         with saving(path) if rank() == 0 else contextlib.nullcontext():
             samples = None if rank() else Samples(path, args.n, sampler, settings, args.overwrite)

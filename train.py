@@ -160,6 +160,8 @@ def parse_args(argv=None):
         p.error("--shortcut needs a share of the rows that jump, below a half: --distill 0.25")
     if args.shortcut and not jump_rows(args.batch, 2 * args.distill).any():
         p.error(f"--distill {args.distill:g} of --batch {args.batch}: no row would learn to jump")
+    if args.target_ema != p.get_default("target_ema") and not args.shortcut:
+        p.error("--target-ema is for --shortcut: Equation 1's target is of the model itself")
     if args.guidance != 1 and not (args.shortcut and args.classes):
         p.error("--guidance is for --shortcut with --classes; other models are guided by sample.py")
     if args.preset != "toy" and args.data is None:

@@ -210,8 +210,8 @@ class Trainer:
         """Say once that a run will take days."""
         hours = (self.args.updates - self.step) * self.args.batch / max(images_per_s, 1e-9) / 3600
         if hours > 48 and not self.told:
-            log_stderr(f"\nat this speed the run takes {hours:,.0f} hours more: fewer --updates, a smaller --size or "
-                       f"--model, or a GPU")
+            log_stderr(f"\nat this speed the run takes {hours:,.0f} hours more: fewer --updates, a smaller --batch or "
+                       f"model, or a GPU")
         self.told = True
 
     def _due(self, n):

@@ -33,6 +33,7 @@ from plans import METHODS
 from rundir import read_log
 from runtime import autocast, log_stderr, pick_device, pick_dtype, progress
 from sample import Sampler
+from scores import NOISES
 
 STEPS = 1, 2, 4, 8, 16, 64
 UNDISTILLED = "undistilled, seed 0"                          # the figure that every table has
@@ -84,6 +85,13 @@ def climb(grid, start, value):
     i = grid.index(start)
     best = max([start, *grid[max(0, i - 1):i], *grid[i + 1:i + 2]], key=value)
     return start if best == start else climb(grid, best, value)
+
+def draw_if_here(runs, before, flags, device, path):
+    """A picture by sample.py of the models `before` and of the checkpoints `runs`, unless one of these is not here."""
+    away = [str(run) for run in runs if not run.exists()]
+    if away:
+        return log_stderr(f"{path} is not drawn: {', '.join(away)} not here")
+    sample.main(["--ckpt", *before, *map(str, runs), *flags, "--device", device, "--out", str(path)])
 
 # ---- experiments of many runs ---------------------------------------------------------------------------
 def file_name(text):
@@ -243,10 +251,8 @@ class Experiment:
         """NAME.png by sample.py: a row for each step count, the models side by side in it, from the same noises.
 
         None is drawn where a run of the first seed is not here: it was made elsewhere, or it fell apart."""
-        found = [self.folder(self.place(name, lr, self.args.seeds[0])) / "ckpt.pt" for name, lr in rates.items()]
-        if all(map(Path.exists, found)):
-            sample.main(["--ckpt", *map(str, [self.base, *found]), *flags, "--device", self.args.device, "--out",
-                         str(self.args.out / f"{self.name}.png")])
+        draw_if_here([self.folder(self.place(name, lr, self.args.seeds[0])) / "ckpt.pt" for name, lr in rates.items()],
+                     [str(self.base)], flags, self.args.device, self.args.out / f"{self.name}.png")
 
     # ---- figures ----
     def sitting(self, make, page):
@@ -291,7 +297,7 @@ class Experiment:
         """{figure: (evaluations, images that fid.py looks at)} of the choice of rates, and of others.
 
         finals  {figure: (methods of its run, evaluations of its scores, images)}"""
-        looks, cost, choice = 2 * 20 * sum(hooks.SHOWN), {}, {}
+        looks, cost, choice = 2 * NOISES * sum(hooks.SHOWN), {}, {}
         for name, (flags, start) in self.methods.items():
             args = distill.parse_args(flags)                  # a backward pass takes the time of two
             cost[name] = evaluations(args) + 2 * args.updates * args.batch + looks

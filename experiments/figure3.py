@@ -19,6 +19,7 @@ from common import (
     Figures,
     QuickScore,
     claims_table,
+    draw_if_here,
     evaluations,
     file_name,
     heading,
@@ -36,7 +37,6 @@ from common import (
 from table2 import SIZES
 
 import distill
-import sample
 import train
 from checkpoint import load_checkpoint
 from hooks import sampler_of
@@ -88,28 +88,37 @@ def flags_of(args, images, name, share=None):
     reads = ["--data", args.data] if args.data else []
     return [*flags, *reads, *KINDS[name]["flags"], "--updates", str(round(updates * (share or KINDS[name]["share"])))]
 
+def trained(args, images, name, seed, quick):
+    """The folder of a training of KINDS, made or gone on with, `quick` scores at POINTS along it in its log."""
+    out, flags = place(args, images, name, seed), [*flags_of(args, images, name), "--seed", str(seed)]
+    updates = train.parse_args(flags).updates
+    every = max(1, updates // POINTS)
+    def score(trainer):                                       # the last point is that of `last`
+        last = trainer.step + every > updates
+        return [] if last else [dict(quick=[quick(sampler_of(trainer), steps) for steps in SCORED])]
+    with mock.patch("train.sample_picture", score):           # a hook: what it returns is logged
+        to_the_end(train.main, out, [*flags, "--device", args.device, "--sample-every", str(every), "--save-every",
+                                     str(every)])
+    return out
+
 def made(args, images, name, seed, quick):
     """A run, made or gone on with: {curve: [[update, [[score, contrast] at each of SCORED]], …], last: the same pairs
     at each of STEPS, seconds, evaluations}."""
-    out, more = place(args, images, name, seed), ["--seed", str(seed), "--device", args.device]
     if name in AFTER:
-        whole = AFTER[name] == KINDS["plain"]["share"]
-        plain = place(args, images, "plain" if whole else f"plain for {name}", seed)
+        out, more = place(args, images, name, seed), ["--seed", str(seed), "--device", args.device]
         flags = flags_of(args, images, "plain", AFTER[name])
-        to_the_end(train.main, plain, [*flags, *more])
+        if AFTER[name] == KINDS["plain"]["share"]:
+            plain = trained(args, images, "plain", seed, quick)
+        else:
+            plain = place(args, images, f"plain for {name}", seed)
+            to_the_end(train.main, plain, [*flags, *more])
         to_the_end(distill.main, out, [*TUNED, "--ckpt", str(plain / "ckpt.pt"), *more])
         before, given = train.parse_args(flags), distill.parse_args(TUNED)
         count = before.updates * before.batch + evaluations(given)
         took = seconds(plain, before.batch) + seconds(out, given.batch)
     else:
-        flags = [*flags_of(args, images, name), *more]
-        given = train.parse_args(flags)
-        every, count = max(1, given.updates // POINTS), given.updates * given.batch * KINDS[name]["evaluations"]
-        def score(trainer):                                   # the last point is that of `last`
-            last = trainer.step + every > given.updates
-            return [] if last else [dict(quick=[quick(sampler_of(trainer), steps) for steps in SCORED])]
-        with mock.patch("train.sample_picture", score):       # a hook: what it returns is logged
-            to_the_end(train.main, out, [*flags, "--sample-every", str(every), "--save-every", str(every)])
+        out, given = trained(args, images, name, seed, quick), train.parse_args(flags_of(args, images, name))
+        count = given.updates * given.batch * KINDS[name]["evaluations"]
         took = seconds(out, given.batch)
     last = quick.of_file(out / "ckpt.pt", STEPS, pick_device(args.device))
     curve = [[e["step"], e["quick"]] for e in read_log(out) if "quick" in e]
@@ -126,13 +135,16 @@ def make(args, figures):
         count = 3 * given.updates * given.batch + args.n * (POINTS * sum(SCORED) + sum(STEPS))
         tell_hours(len(missing), len(missing) * count * seconds_per_evaluation(given, device))
         quick = QuickScore(args.data, given.size, given.crop, args.n)
+        digest = quick.data.digest()
+        if figures.made(f"images of {images}", lambda: digest) != digest:
+            sys.exit(f"error: {figures.path} has figures of other {images}: choose another --out, and other --runs")
     for name, seed in missing:
         figures.made(f"{images}, {name}, seed {seed}", made, args, images, name, seed, quick)
     runs = [place(args, images, name, args.seeds[0]) / "ckpt.pt" for name in NAMES
             if figures.values.get(f"{images}, {name}, seed {args.seeds[0]}")]
-    if runs and all(run.exists() for run in runs):            # none is drawn where one was made elsewhere
-        sample.main(["--ckpt", *map(str, runs), "--steps", "1", "2", "4", "64", "--device", args.device,
-                     "--out", str(args.out / f"figure3-{file_name(images)}.png")])
+    if runs:
+        draw_if_here(runs, [], ["--steps", "1", "2", "4", "64"], args.device,
+                     args.out / f"figure3-{file_name(images)}.png")
 
 def page(args, figures):
     """The tables in Markdown, of the last scores, and the picture."""
@@ -172,7 +184,9 @@ def draw(found, sets, path):
                           alpha=0.7, color=f"C{NAMES.index(name)}", label=name if run is runs[0] else None)
             axis.set(yscale="log", xlabel="updates", title=f"{images}: quick score at {SCORED[i]} steps")
             plain_numbers(axis.yaxis)
-    figure.legend(*axes[-1][-1].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS))
+    lines = {label: line for axis in axes.flat
+             for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(KINDS))
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

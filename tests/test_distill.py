@@ -1,6 +1,7 @@
 """distill.py: Algorithms 1 and 2 by hand, what has a gradient and what has none, resuming, refusing."""
 
 import math
+import re
 import signal
 import time
 import types
@@ -392,6 +393,37 @@ def test_a_conditional_model_is_distilled_with_guidance(tmp_path):
     state = load_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert state["classes"] == ["a", "b"] and 1 <= state["carried"]["w"].max() <= 2
 
+def test_guidance_of_one_costs_no_second_evaluation(tmp_path, monkeypatch):
+    """And is what another weight of nearly 1 does, at twice the rows."""
+    torch.manual_seed(0)
+    ckpt = write_ckpt(UNet(UNetConfig(**TINY, classes=2)), tmp_path / "c" / "ckpt.pt", ["a", "b"])
+    counts, losses = [], []
+    real = distill.distillation_loss
+    def watched(xhat, z, *rest):
+        calls = Calls()
+        calls.watch(xhat.net)
+        loss = real(xhat, z, *rest)
+        counts.append({len(z) for _, z, *_ in calls})
+        losses.append(loss[0].item())
+        return loss
+    monkeypatch.setattr(distill, "distillation_loss", watched)
+    for w in ("1", "1.000001"):
+        distill.main([*flags(ckpt, tmp_path / w, updates=3, lr=1e-9), "--guidance", w, w])
+    assert counts == [{4}] * 3 + [{8}] * 3
+    assert losses[0] == pytest.approx(losses[3], rel=1e-3)
+
+def test_the_guards_band_begins_where_the_model_is():
+    """And what is near its edge is not told as beyond it."""
+    guard = hooks.Guard.__new__(hooks.Guard)
+    guard.steps, guard.judged = [2, 4], (2, 4)
+    guard.had = dict(fidelity_2=0.52, fidelity_4=0.9, contrast_2=1.0, contrast_4=1.27)
+    seen = dict(fidelity_2=0.49, fidelity_4=0.6, contrast_2=1.1, contrast_4=1.3)
+    assert guard.outside(seen) == "" and guard.score(seen) == pytest.approx(0.545)
+    assert guard.outside(seen | dict(fidelity_2=0.46)) == "fidelity_2 0.46, at least 0.47 is sane"
+    assert guard.outside(seen | dict(contrast_2=1.21)) == "contrast_2 1.21, at most 1.20 is"
+    assert guard.outside(seen | dict(contrast_4=1.33)) == "contrast_4 1.33, at most 1.32 is"
+    assert guard.outside(seen, hooks.NEAR) == "fidelity_2 0.49, at least 0.47 is sane; contrast_4 1.30, at most 1.32 is"
+
 def test_fidelity_compares_samples_of_one_guidance(tmp_path):
     """A reference that was drawn with another is none: fid.py leaves fidelity out, and a chain draws its own."""
     torch.manual_seed(0)
@@ -409,7 +441,7 @@ def test_fidelity_compares_samples_of_one_guidance(tmp_path):
         assert two["reference_guidance"] == w and torch.equal(two["reference"], one["reference"]) == same_reference
         assert log_of(out)[-1]["fidelity_8"] == pytest.approx(1, abs=1e-3)
 
-def test_a_run_that_is_lost_ends_with_its_best_model_in_place(ckpt, tmp_path):
+def test_a_run_that_is_lost_ends_with_its_best_model_in_place(ckpt, tmp_path, capsys):
     """And --no-guard lets it go where it will."""
     lost = flags(ckpt, tmp_path / "out", lr=0.3, updates=40, warmup=0)
     with pytest.raises(SystemExit, match=r"are lost: fidelity_\d .*best\.pt has the best until now, of update \d+\."):
@@ -422,6 +454,7 @@ def test_a_run_that_is_lost_ends_with_its_best_model_in_place(ckpt, tmp_path):
         distill.main(lost)
     assert load_checkpoint(tmp_path / "out" / "best.pt")["step"] == best["step"]
     distill.main([*lost, "--no-guard", "--overwrite"])
+    assert re.search(r"no update had as much as there was before, [01]\.\d\d\d; scores", capsys.readouterr().out)
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 40
 
 @pytest.mark.whole
@@ -479,6 +512,9 @@ def test_what_cant_work_is_refused(ckpt, tmp_path, capsys):
                       (["--schedule", "shortcut", "--share", "0"], "no row"),
                       (["--schedule", "shortcut", "--share", "0.1", "--batch", "8"], "of --batch 8: no row"),
                       (["--schedule", "shortcut", "--steps", "1"], "own samples of one step"),
+                      (["--share", "0.9"], "for shortcut, not for dsdi"), (["--pool", "5"], "for shortcut, not"),
+                      (["--schedule", "shortcut", "--target", "x0"], "has a loss of its own"),
+                      (["--schedule", "shortcut", "--weight", "none"], "has a loss of its own"),
                       (["--guidance", "3", "1"], "lower one first"), (["--out", str(ckpt.parent)], "folder of --ckpt")):
         with pytest.raises(SystemExit):
             distill.main([*flags(ckpt, out), *bad])

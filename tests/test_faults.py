@@ -454,7 +454,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_no_obstacle(small_run, 
         time.sleep(0.05)
     child.kill()
     child.communicate()
-    with exits("ended before its first checkpoint: start it again, without --resume"):
+    with exits("has no checkpoint to go on from: start the run without --resume"):
         train.main([*small_run, "--resume"])
     train.main([*small_run, "--updates", "2"])
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 2 and len(log_of(tmp_path / "out")) == 2

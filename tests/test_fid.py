@@ -589,6 +589,7 @@ def test_scores_are_logged_during_training(tmp_path, tiny, monkeypatch):
     (["a", "--save", "a"], "ending in .npz"),
     (["a.npz", "--save", "a.npz"], "another than REAL and FAKE"),
     (["a", "b", "-n", "5", "--data", "d", "--steps", "2"], "--data, --steps, -n: of models only, which --ckpt names"),
+    (["a", "b", "--seed", "5", "--raw"], "--seed, --raw: of models only"),
     (["a", "b", "--size", "8", "--crop", "-5"], "argument --crop: -5 is not a positive number"),
     (["--ckpt", "c", "--guidance", "nan"], "argument --guidance: nan is not a finite number"),
     (["--ckpt", "c", "--save", "x.npz"], "and image files"),

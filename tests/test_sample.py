@@ -272,6 +272,7 @@ def test_guidance_is_the_formula_with_the_null_class(tmp_path):
     (["--steps", "0"], "--steps: 0 is not a number from 1 on"),
     (["--save", "x", "--out", "y"], "not allowed with argument --save"),
     (["--export", "x", "--ckpt", "a.pt", "b.pt"], "give one --ckpt"),
+    (["--export", "x", "--guidance", "2"], "--export writes the whole model: it takes no --class and no --guidance"),
     (["--out", "grid.jpg"], "the grid is a .png"),
     (["--class", "cat"], "trained without --classes"),
     (["--guidance", "2"], "trained without --classes"),

@@ -238,8 +238,14 @@ def test_training_learns_to_jump_and_goes_on(small_run, tmp_path, monkeypatch):
     assert same(whole["weights"], again["weights"]) and same(whole["ema"], again["ema"])
     assert same(whole["extra_state"]["target"], again["extra_state"]["target"])
     sample.main(["--ckpt", str(tmp_path / "out" / "ckpt.pt"), "--steps", "1", "3", "-n", "2", "--device", "cpu"])
+    asked = [["--ckpt", str(tmp_path / "out" / "ckpt.pt"), "--guidance", w, "--steps", "2", "-n", "2", "--device",
+              "cpu", "--out", str(tmp_path / f"{w}.png")] for w in "123"]
     with pytest.raises(SystemExit, match="guidance 2 is built into"):
-        sample.main(["--ckpt", str(tmp_path / "out" / "ckpt.pt"), "--guidance", "3", "--device", "cpu"])
+        sample.main(asked[2])
+    sample.main(asked[0])
+    sample.main(asked[1])                                     # what is built in may be asked for: it is there already
+    assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
+    assert sample.Sampler(*sample.load_model(tmp_path / "out" / "ckpt.pt"), classes=[0]).guidance == 2
 
 def test_the_guidance_that_is_asked_for_is_what_both_trainings_learn(small_run, tmp_path):
     """Nothing else reads it: the batches are the same, and so were the weights if it did not reach the targets."""

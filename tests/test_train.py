@@ -76,6 +76,7 @@ def test_classes_of_the_data_become_classes_of_the_model(small_run, tmp_path, mo
     (["--updates", "0"], "argument --updates: 0 is not a number from 1 on"),
     (["--batch", "1.5"], "argument --batch: invalid int value: '1.5'"),
     (["--distill", "15"], "--distill must be between 0 and 1"),
+    (["--target-ema", "0.9"], "--target-ema is for --shortcut"),
     (["--ema", "1"], "argument --ema: 1 is not at least 0 and below 1"),
     (["--lr", "nan"], "argument --lr: nan is not a positive number"),
     (["--crop", "-3"], "argument --crop: -3 is not a positive number"),
@@ -87,7 +88,7 @@ def test_classes_of_the_data_become_classes_of_the_model(small_run, tmp_path, mo
     (["--size", "9"], "--size 9 must be divisible by 2"),
     (["--channels", "12"], "multiple of groups"),
     (["--device", "cuda:99"], "--device cuda:99 can't be used"),
-    (["--resume"], "no checkpoint at"),
+    (["--resume"], "has no checkpoint to go on from: start the run without --resume"),
     (["--compile", "reduce-overhead", "--accumulate", "2"], "--compile reduce-overhead is for a single process"),
     (["--ema-device", "cpu"], "unrecognized arguments: --ema-device cpu"),
 ])
