@@ -148,9 +148,9 @@ def test_figure3(place, tmp_path, monkeypatch, capsys):
     tuned = ["--schedule", "shortcut", *P, "--pool", "2", "--updates", "2"]
     for name, value in (("SETS", sets), ("POINTS", 2), ("TUNED", tuned), ("STEPS", (1, 2)), ("SCORED", (1, 2))):
         monkeypatch.setattr(figure3, name, value)
-    figure3.main([*place, "--rows", "Equation 1", "shortcut"])
+    figure3.main([*place, "--rows", "plain, then shortcut", "shortcut"])    # the former trains plainly first
     some = json.loads((tmp_path / "figure3.json").read_text())
-    assert {name.split(", ")[-2] for name in some if "seed" in name} == {"Equation 1", "shortcut"}
+    assert {name.split(", ")[-2] for name in some if "seed" in name} == {"then shortcut", "shortcut"}
     before = Image.open(tmp_path / "figure3-faces-16x16.png").width
     capsys.readouterr()
     figures, page = rehearse(figure3, place, tmp_path, monkeypatch, capsys)
@@ -163,6 +163,9 @@ def test_figure3(place, tmp_path, monkeypatch, capsys):
     other = [figures[f"faces, 16x16, Equation 1, seed {seed}"]["last"][0][0] for seed in (0, 1)]
     assert cells(page, "Equation 1 beats plain training")[0] == common.verdict(other, last)
     assert Image.open(tmp_path / "figure3-faces-16x16.png").width > before
+    other = ["--data", labelled_images(tmp_path / "other", 21), *place[2:], "--seeds", "5"]
+    with pytest.raises(SystemExit, match="has figures of other faces, 16x16: choose another --out, and other --runs"):
+        figure3.main(other)
 
 @pytest.mark.parametrize("start,best,tried", [(1, 4, [0, 1, 2, 3, 4, 5]), (5, 4, [3, 4, 5, 6]), (4, 4, [3, 4, 5]),
                                               (1, 0, [0, 1, 2]), (8, 9, [7, 8, 9])])
