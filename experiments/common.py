@@ -423,22 +423,22 @@ def verdict(low, high):
         return "–"
     return "holds" if max(low) < min(high) else "does not" if min(low) > max(high) else "undecided"
 
-def claims_table(claims, columns, figures, values, by=""):
-    """Lines of Markdown: a verdict on each claim in each column.
+def claims_table(claims, columns, figures, values, by="", more=()):
+    """Lines of Markdown: a verdict on each claim in each column; none on claims of fewer than two seeds.
 
     claims  {claim: (a row, and another, of which the first should have the lower values)}
     values  (row, column) -> the values of its seeds that did not fall apart: the others count as the highest
-    figures  the `Figures` that know those;  by  what the values are, in words"""
+    figures  the `Figures` that know those;  by  what the values are, in words
+    more    {another claim: its verdicts}"""
     def side(name, column):                                   # the undistilled model is one, and stands for all seeds
         return values(name, column) * (2 if name == "undistilled" else 1) + [math.inf] * figures.broken(name)
-    return ["", f"**Claims**{by}. {VERDICTS}", "", heading("claim", *columns),
-            *(row(claim, [verdict(side(low, c), side(high, c)) for c in columns])
-              for claim, (low, high) in claims.items())]
+    found = {claim: [verdict(side(low, c), side(high, c)) for c in columns] for claim, (low, high) in claims.items()}
+    lines = [row(claim, cells) for claim, cells in (found | dict(more)).items() if "–" not in cells]
+    return ["", f"**Claims**{by}. {VERDICTS}", "", heading("claim", *columns), *lines] if lines else []
 
 VERDICTS = ("A claim holds where every seed has the lower score, does not where none has, and is undecided where they "
             "overlap: there more seeds would decide (`--seeds`). Of two equal methods three seeds each are parted by "
-            "chance one time in ten, and from a single value (the undistilled model, the data) one time in two. –: "
-            "fewer than two seeds.")
+            "chance one time in ten, and from a single value (the undistilled model, the data) one time in two.")
 
 def seeds_of(figures, name):
     """The cell that says how many seeds a row has, and how many runs of it fell apart."""

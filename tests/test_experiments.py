@@ -117,7 +117,7 @@ def test_claims(place, tmp_path, monkeypatch, capsys):
     assert figures["DSD first, PD after, seed 0"]["lr"] == [3e-6, 1e-4]         # the default rates
     both, alone = ([figures[f"{name}, seed {seed}"]["scores"][0][0] for seed in (0, 1)] for name in orders)
     assert cells(page, "DSD first, PD after, beats the other order")[0] == common.verdict(both, alone)
-    assert cells(page, "PD's 512 beat its 128") == ["–", "–"]
+    assert "PD's 512 beat its 128" not in page                # neither was run
 
 def test_settings(place, tmp_path, monkeypatch, capsys):
     half = ["--schedule", "shortcut", "--updates", "3", "--warmup", "0", "--pool", "4", *P]
