@@ -24,10 +24,14 @@ def commands():
     return sorted({(script, flags.strip().rstrip(";.,)")) for script, flags in found if "--help" not in flags})
 
 @pytest.mark.parametrize("script,flags", commands())
-def test_every_command_parses(script, flags, monkeypatch):
+def test_every_command_parses(script, flags, tmp_path, monkeypatch):
     module = importlib.import_module(script)
-    if "--resume" in flags:
+    if "--resume" in flags:                                   # there is a run to resume in each folder
         monkeypatch.setattr("flags.load_checkpoint", lambda path: {"args": {}})
+        monkeypatch.chdir(tmp_path)
+        for place in ("train", "dsdi"):
+            (tmp_path / "out" / place).mkdir(parents=True)
+            (tmp_path / "out" / place / "ckpt.pt").touch()
     module.parse_args(shlex.split(flags))
 
 def commands_of_experiments():
