@@ -102,7 +102,8 @@ def draw(found, path):
         axis.axhline(found["undistilled"][0]["scores"][i][0], color="grey", linestyle=":", label="undistilled")
         axis.set(xscale="log", yscale="log", xlabel="updates", title=f"quick score at {steps} step{'s' * (steps > 1)}")
         axis.xaxis.set_minor_locator(plt.NullLocator())
-        axis.set_xticks(TICKS, TICKS)
+        ticks = [p for p in TICKS if f"dsdi, P = {p}" in found]
+        axis.set_xticks(ticks, ticks)
         plain_numbers(axis.yaxis)
     axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=100, bbox_inches="tight")
