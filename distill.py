@@ -217,14 +217,16 @@ def parse_args(argv=None):
 def check(p, args):
     """Refuse values that can't work before anything is touched, and settle what depends on others."""
     method = METHODS[args.schedule]
+    def given(*names):                                        # with another value than the default's, or the saved one
+        return any(getattr(args, name) != p.get_default(name) for name in names)
     for wrong, message in (
         (args.target_ema and method.teacher,
          f"--target-ema is for the methods without a teacher; in {args.schedule} the teacher makes the target"),
         (args.data and not (method.data or method.shortcut or args.fid_every),
          f"{args.schedule} reads no data; --data is for pd, shortcut and --fid-every"),
-        (not method.shortcut and any(getattr(args, k) != p.get_default(k) for k in ("share", "pool")),
+        (not method.shortcut and given("share", "pool"),
          f"--share and --pool are for shortcut, not for {args.schedule}"),
-        (method.shortcut and any(getattr(args, k) != p.get_default(k) for k in ("target", "weight")),
+        (method.shortcut and given("target", "weight"),
          "--target and --weight are of Algorithms 1 and 2: shortcut has a loss of its own"),
         (method.shortcut and not jump_rows(args.batch, args.share).any(),
          f"--share {args.share:g} of --batch {args.batch}: no row would learn to jump"),
