@@ -3,8 +3,8 @@
     save_checkpoint("ckpt.pt", state)
     net, state = load_model("ckpt.pt", device)      # the network, ready to sample, and what the file says of it
 
-A state has at least: config, weights and ema (state dicts), schedule, predicts and shape, as `ddim.Denoiser.of` and
-sample.py need them. What a run adds to go on exactly: see trainer.py. LDM's own files: see ldm.py.
+A state has at least: config, weights and ema (state dicts), schedule, predicts, shape and classes (their names), as
+`ddim.Denoiser.of` and sample.py need them. What a run adds to go on exactly: see trainer.py. LDM's files: see ldm.py.
 """
 
 import contextlib
@@ -106,7 +106,8 @@ def load_checkpoint(path):
     except Exception as e:  # torch raises half a dozen types here, all meaning the same to a user
         raise CheckpointError(f"error: {path} is no readable checkpoint ({type(e).__name__}): damaged, or with more in "
                               f"it than tensors and plain values") from None
-    if not isinstance(state, dict) or not {"config", "weights", "ema", "schedule", "predicts", "shape"} <= state.keys():
+    needed = {"config", "weights", "ema", "schedule", "predicts", "shape", "classes"}
+    if not isinstance(state, dict) or not needed <= state.keys():
         raise CheckpointError(f"error: {path} is not a checkpoint of this project")
     return state
 

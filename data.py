@@ -335,12 +335,15 @@ class Images:
     channels = 3
 
     def __init__(self, folder):
-        meta = json.loads((folder / "meta.json").read_text())
-        shape = (meta["count"], meta["size"], meta["size"], 3)
-        self.pixels = mapped(folder / "images.u8", np.uint8, shape, unit=folder)
-        self.labels = np.load(folder / "labels.npy")
-        if self.labels.shape != shape[:1]:
-            raise DataError(f"error: {folder}/labels.npy is damaged; delete the folder to have it packed again")
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            self.labels = np.load(folder / "labels.npy")
+        except (EOFError, ValueError):                        # a power cut leaves empty files, or parts of files
+            meta = None
+        if not meta or self.labels.shape != (meta["count"],):
+            raise DataError(f"error: meta.json or labels.npy in {folder} is damaged; delete the folder to have it "
+                            f"packed again")
+        self.pixels = mapped(folder / "images.u8", np.uint8, (meta["count"], *[meta["size"]] * 2, 3), unit=folder)
         self.classes, self.folder, self.hash = meta["classes"], folder, meta["hash"]
         self.preparation = f"crop {meta['crop'] or 'square'}, PIL bicubic to {meta['size']}x{meta['size']}"
 

@@ -210,7 +210,8 @@ def parse_args(argv=None):
     run_flags(g)
     p.set_defaults(times="uniform")                           # of shortcut's rows: the middle did no better
     args = parse_with_saved(p, argv, defaults, fixed=lambda args: {
-        "schedule", "ckpt", "ldm", "size", "steps", "updates", "batch", "ema", "target_ema", "pool", "seed"})
+        "schedule", "ckpt", "ldm", "size", "steps", "updates", "batch", "ema", "target_ema", "pool", "seed",
+        "for_steps"})
     check(p, args)
     return args
 
@@ -222,7 +223,7 @@ def check(p, args):
     for wrong, message in (
         (args.target_ema and method.teacher,
          f"--target-ema is for the methods without a teacher; in {args.schedule} the teacher makes the target"),
-        (args.data and not (method.data or method.shortcut or args.fid_every),
+        (given("data") and not (method.data or method.shortcut or args.fid_every),
          f"{args.schedule} reads no data; --data is for pd, shortcut and --fid-every"),
         (not method.shortcut and given("share", "pool"),
          f"--share and --pool are for shortcut, not for {args.schedule}"),

@@ -260,7 +260,7 @@ def tell_time(path, sampler, features, steps, n, new):
     minutes = ((new + n * len(steps)) * look + n * sum(steps) * draw) / ranks() / 60
     if minutes > 1:
         log_stderr(f"{path}: {n:,} samples at {', '.join(map(str, steps))} steps, {new:,} images of the reference: "
-                   f"about {minutes:.0f} min at most" + (", of which --real 5000 saves some" if new > 5000 else ""))
+                   f"about {minutes:.0f} min" + (", of which --real 5000 saves some" if new > 5000 else ""))
 
 def table(results):
     """Markdown: a table per metric, rows = models, columns = steps. results: {name: [what `compare` gives, …]}."""

@@ -100,7 +100,9 @@ def parse_with_saved(p, argv, defaults, fixed):
     out = Path(given.out or settings["out"])
     if given.resume and not (out / "ckpt.pt").exists():
         sys.exit(f"error: {out} has no checkpoint to go on from: start the run without --resume")
-    saved = load_checkpoint(out / "ckpt.pt")["args"] if given.resume else {}
+    saved = load_checkpoint(out / "ckpt.pt").get("args") if given.resume else {}
+    if saved is None:
+        sys.exit(f"error: {out}/ckpt.pt is a model without the settings of a run: it can't be resumed")
     if saved and hasattr(given, "schedule") != ("schedule" in saved):
         sys.exit(f"error: the run in {out} is one of {'distill' if 'schedule' in saved else 'train'}.py")
     if saved:                                                 # a flag that is newer than the run: as if not given
@@ -116,7 +118,7 @@ def parse_with_saved(p, argv, defaults, fixed):
         p.error(f"--resume can't change {', '.join('--' + name.replace('_', '-') for name in wrong)}: what the run has "
                 f"done until now depends on it")
     harmless = {"cache", "dry_run", "sample_every", "save_every", "tensorboard", "fid_every", "fid_samples", "weights",
-                "guard", "for_steps", *(["updates"] if stays else [])}
+                "guard", *(["updates"] if stays else [])}
     if changed := changed - harmless:
         print(f"resuming with another {', '.join(sorted(changed))}: "
               f"no longer the same as a run that was never interrupted")

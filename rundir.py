@@ -57,10 +57,12 @@ class Log:
         self.board.flush()
 
 def read_log(out):
-    """The lines of a run's log that are whole, as dicts."""
-    log = out / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a run's log that are whole, as dicts: one that was being written in a power cut is not."""
+    log, entries = out / "log.jsonl", []
+    for line in log.read_text().splitlines() if log.exists() else []:
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 def hooks_are_done(state, out):
     """Whether the pictures and scores that were due at a checkpoint's update were made: a killed run may lack them."""

@@ -74,12 +74,13 @@ def opened(args, state, device):
     net, source = load_model(Path(args.out) / "ckpt.pt" if state else args.ckpt, device, name=args.ldm, size=args.size)
     past = source["history"] if state else history(args, source)        # now: the file may be replaced meanwhile
     method, origin = METHODS[args.schedule], trained_on(source)
-    origin["data"] = args.data or origin["data"]
-    images = None
+    data, images = args.data or origin["data"], None
+    if reads_data(args) or args.ldm:
+        origin["data"] = data
     if reads_data(args) or args.fid_every:
-        if args.ldm and not origin["data"]:
+        if args.ldm and not data:
             sys.exit(f"error: nobody knows what LDM's {args.ldm} was trained on: give the images as --data")
-        images = load_data(origin["data"], image_size(source), origin["crop"], args.cache)
+        images = load_data(data, image_size(source), origin["crop"], args.cache)
         images.channels = image_channels(source)
     if method.shortcut and not net.config.step_length:
         net.add_step_length()

@@ -166,7 +166,7 @@ class Trainer:
         After each: the log, checkpoints, hooks. Every rank runs it, and rank 0 writes. Nothing here waits for a GPU
         except where a value is logged. A loss or gradient that is not finite ends the run with the last good checkpoint
         in place, Ctrl-C or SIGTERM with a fresh one: at once, or on several ranks at the next line of the log."""
-        a, since, stop = self.args, time.perf_counter(), False
+        a, first, since, stop = self.args, self.step, time.perf_counter(), False
         if self.out:
             warn_if_busy(self.device)
         signals = catch_signals(self) if self.out else contextlib.nullcontext(())    # without files nothing is saved
@@ -181,8 +181,10 @@ class Trainer:
                 self.step += 1
                 bar.update()
                 stop, count, now = ranks() == 1 and bool(stopped), len(self.pending), time.perf_counter()
-                if now - since > 60:                          # the first line of the log may be hours away
-                    self._tell_long(count * a.batch / (now - since))
+                if self.step == first + 1:
+                    begun = now                               # it compiles, say: no measure of the speed
+                elif now - begun > 60:                        # the first line of the log may be hours away
+                    self._tell_long((self.step - first - 1) * a.batch / (now - begun))
                 if self._due(a.log_every) or self._due(a.save_every) or stop:
                     means, stop = self._means(bool(stopped))
                     now = time.perf_counter()
@@ -195,14 +197,14 @@ class Trainer:
                         sys.exit(f"error: {self.lost}")
                     shown = {k: f"{means[k]:.3g}" for k in means if k != "grad_norm"}
                     bar.set_postfix(shown | {"img/s": speed})
-                    self._tell_long(speed)
                     since = time.perf_counter()
                 paused = time.perf_counter()
                 if self.out and (self._due(a.save_every) or stop):
                     self.save()
                 if not stop or self.step == a.updates:
                     self._call_hooks(log)
-                since += time.perf_counter() - paused         # neither is training: keep them out of images/s
+                paused = time.perf_counter() - paused         # neither is training: keep them out of images/s
+                since, begun = since + paused, begun + paused
         if self.step < a.updates:
             self._stopped(f"update {self.step} of {a.updates}")
 

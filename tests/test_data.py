@@ -310,6 +310,14 @@ def test_a_damaged_cache_is_named_not_used(tmp_path, cache):
     with pytest.raises(DataError, match=f"damaged.*; delete {images.folder} to have it made again"):
         load_data(folder, 8, cache=cache)
 
+@pytest.mark.parametrize("name,length", [("meta.json", 0), ("meta.json", 9), ("labels.npy", 0), ("labels.npy", 130)])
+def test_what_a_power_cut_left_of_a_small_file_is_named(tmp_path, cache, name, length):
+    folder = write(tmp_path / "x", {f"{i}.png": png(photo(i)) for i in range(3)})
+    images = load_data(folder, 8, cache=cache)
+    os.truncate(images.folder / name, length)
+    with pytest.raises(DataError, match="meta.json or labels.npy in .* is damaged; delete the folder"):
+        load_data(folder, 8, cache=cache)
+
 def test_an_unwritable_cache_is_a_one_line_error(tmp_path):
     folder = write(tmp_path / "x", {"1.png": png(photo(1)), "cache": b"a file where a folder should be"})
     with pytest.raises(DataError, match="--cache names another folder"):

@@ -531,12 +531,19 @@ def test_what_cant_work_is_refused(ckpt, tmp_path, capsys):
     with pytest.raises(SystemExit):                           # --target-ema may be that same average
         distill.main(["--resume", "--out", str(out), "--ema", "0.5"])
     assert "can't change --ema" in capsys.readouterr().err
+    with pytest.raises(SystemExit):                           # by which best.pt was chosen until now
+        distill.main(["--resume", "--out", str(out), "--for-steps", "1"])
+    assert "can't change --for-steps" in capsys.readouterr().err
 
 def test_scores_on_the_way(ckpt, tmp_path):
     distill.main([*flags(ckpt, tmp_path / "out", updates=3), "--fid-every", "3", "--fid-samples", "4", "--weights",
                   "random", "--data", labelled_images(tmp_path / "data"), "--cache", str(tmp_path / "cache")])
     scores = [e for e in log_of(tmp_path / "out") if "rFID (random features)" in e]
     assert [e["fake"]["steps"] for e in scores] == [1, 2, 4, 8] and all(e["step"] == 3 for e in scores)
+    trained = load_checkpoint(tmp_path / "out" / "ckpt.pt")["trained_on"]["data"]
+    assert trained != str(tmp_path / "data")                  # that only scored it
+    with pytest.raises(SystemExit, match="is finished"):      # the scores may be switched off, the data stay
+        distill.main(["--resume", "--fid-every", "0", "--out", str(tmp_path / "out")])
 
 def test_a_run_in_the_way_goes_after_all_checks_of_its_source(ckpt, tmp_path):
     (tmp_path / "out").mkdir()

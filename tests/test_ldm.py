@@ -454,6 +454,9 @@ def test_an_ldm_is_distilled_and_the_result_needs_nothing_else(small, schedule, 
     (small / "small-class.ckpt").unlink()
     net, state = ldm.load_model(ckpt)
     assert state["ldm"] == "small-class" and state["shape"] == [3, 8, 8] and state["step"] == 6
+    assert net.config.step_length == (schedule == "shortcut")
+    if schedule == "shortcut":
+        assert net.length_out.weight.any() and state["guidance"] == 2
     assert all(torch.equal(v, state["autoencoder"][k]) for k, v in source["autoencoder"].items())
     fixed = drawn("cond_stage_model.embedding.weight", [4, 8])
     assert torch.equal(state["weights"]["label.weight"], fixed) and torch.equal(state["ema"]["label.weight"], fixed)
@@ -465,6 +468,15 @@ def test_an_ldm_is_distilled_and_the_result_needs_nothing_else(small, schedule, 
     assert len(pools) == (schedule == "shortcut" and not data)
     files -= pools
     assert files == {"best.pt", "ckpt.pt", "curves.png", "log.jsonl", "samples-000006.png"}
+
+@pytest.mark.parametrize("name", ["small", "small-class"])
+def test_an_ldm_takes_the_path_of_step_lengths_on_unchanged(small, name):
+    net, _ = ldm.load_model(small / f"{name}.ckpt", name=name)
+    z, t, y = torch.randn(3, 3, 8, 8), torch.rand(3), torch.arange(3) if net.config.classes else None
+    with torch.no_grad():
+        before = net(z, t, y)
+        net.add_step_length()
+        assert before.any() and torch.equal(net(z, t, y, d=torch.tensor([0.0, 0.5, 1.0])), before)
 
 def test_a_distilled_ldm_is_scored_and_exported(small):
     ckpt = distil(small, "small", "--updates", "3", "--fid-every", "3", "--fid-samples", "4", "--weights", "random",

@@ -1,5 +1,6 @@
 """shortcut.py: the loss by hand and on an exactly known flow, which rows jump and from where, its own samples."""
 
+import json
 import signal
 import time
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import distill
+import fid
 import sample
 import shortcut
 import train
@@ -135,6 +137,11 @@ def test_guidance_enters_at_the_shortest_steps_and_nowhere_else():
     plain, guided = (shortcut.shortcut_target(hat(net), z, t, y, a, s, d, w) for w in (1.0, 3.0))
     moved = (plain - guided).abs().amax((1, 2, 3)) > 1e-9     # the null class is guided to itself
     assert moved.tolist() == [False, False, False, True, False, True]
+    def by_hand(z, t, y, d):
+        without = net(z, t, torch.full_like(y, 2), d=d)
+        return without + 3 * (net(z, t, y, d=d) - without)
+    want = shortcut.shortcut_target(Denoiser(by_hand, Cosine(), lengths=True), z, t, y, a, s, d)
+    assert_close(guided[3:], want[3:])
 
 # ---- rows, times, lengths ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("b,batch", [(0.25, 32), (0.15, 40), (0.5, 8), (0.125, 64), (0.9, 10), (0.0, 8)])
@@ -223,9 +230,10 @@ def test_training_learns_to_jump_and_goes_on(small_run, tmp_path, monkeypatch):
     assert [e["jump"] > 0 for e in log_of(tmp_path / "out")] == [False] * 5 + [True] * 5      # in the second half
     for e in log_of(tmp_path / "out"):
         assert_close(e["loss"], e["v"] + 3 * e["jump"], rtol=1e-4, atol=0)    # with three times the weight
-    real, calls = shortcut.shortcut_loss, []
+    real, calls, labels = shortcut.shortcut_loss, [], []
     def stops(*args, **kw):
         calls.append(len(args[7]))
+        labels.append(args[6])
         if len(calls) == 8:
             raise RuntimeError("power cut")
         return real(*args, **kw)
@@ -233,6 +241,7 @@ def test_training_learns_to_jump_and_goes_on(small_run, tmp_path, monkeypatch):
         m.setattr(shortcut, "shortcut_loss", stops)
         train.main([*flags, "--updates", "10", "--overwrite"])
     assert calls == [0] * 5 + [4] * 3                         # none of 8 rows, then twice the share of 0.25
+    assert torch.cat(labels).unique().tolist() == [0, 1, 2]   # some are dropped, for guidance
     train.main(["--resume", "--out", str(tmp_path / "out")])
     again = load_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert same(whole["weights"], again["weights"]) and same(whole["ema"], again["ema"])
@@ -246,6 +255,13 @@ def test_training_learns_to_jump_and_goes_on(small_run, tmp_path, monkeypatch):
     sample.main(asked[1])                                     # what is built in may be asked for: it is there already
     assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
     assert sample.Sampler(*sample.load_model(tmp_path / "out" / "ckpt.pt"), classes=[0]).guidance == 2
+    fid.main(["--ckpt", str(tmp_path / "out"), "--steps", "1", "-n", "4", "--weights", "random", "--device", "cpu",
+              "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "fid")])
+    (score,) = json.loads((tmp_path / "fid" / "table.json").read_text())["out"]
+    assert score["fake"]["guidance"] == 2
+    with pytest.raises(SystemExit, match="only --schedule shortcut distils it further"):
+        distill.main(["--ckpt", str(tmp_path / "out"), "--schedule", "dsdi", "--out", str(tmp_path / "d"), "--device",
+                      "cpu"])
 
 def test_the_guidance_that_is_asked_for_is_what_both_trainings_learn(small_run, tmp_path):
     """Nothing else reads it: the batches are the same, and so were the weights if it did not reach the targets."""
@@ -278,6 +294,35 @@ def test_fine_tuning_without_data(trained, tmp_path, extra, capsys):
     net, s = sample.load_model(trained[3])
     want = sample.Sampler(net, s, torch.device("cpu"), "fp32").draw([shortcut.OwnSamples.FIRST + 7], 4)
     assert_close(torch.from_numpy(samples[7:8]).float(), want, rtol=1e-2, atol=1e-2)
+    again = [*trained[:3], str(tmp_path / "out"), *trained[4:], "--updates", "1", "--out", str(tmp_path / "again")]
+    distill.main(again)                                       # of this model, too, the ordinary denoiser draws them
+    (pool,) = (tmp_path / "again").glob("pool-*")
+    sampler = sample.Sampler(*sample.load_model(tmp_path / "out" / "ckpt.pt"), torch.device("cpu"), "fp32")
+    drawn = np.fromfile(pool, np.float16).reshape(20, 3, 8, 8)[:8]
+    for sampler.xhat.lengths in (False, True):
+        same_way = sampler.draw(range(shortcut.OwnSamples.FIRST, shortcut.OwnSamples.FIRST + 8), 4).half().numpy()
+        assert (same_way == drawn).all() != sampler.xhat.lengths
+
+@pytest.mark.parametrize("script,target_ema", [(train, 0.8), (train, 0.9), (distill, 0.8), (distill, 0.9)])
+def test_the_running_average_makes_the_targets(small_run, trained, tmp_path, monkeypatch, script, target_ema):
+    """That of --target-ema, or where it is the decay of --ema the average that is sampled."""
+    real, seen = shortcut.shortcut_loss, []
+    def spy(xhat, average, *rest, **kw):
+        seen.append([{k: v.clone() for k, v in hat.net.state_dict().items()} for hat in (xhat, average)])
+        return real(xhat, average, *rest, **kw)
+    monkeypatch.setattr(shortcut, "shortcut_loss", spy)
+    flags = [*trained, "--out", str(tmp_path / "out")] if script is distill else [*small_run, "--distill", "0.25",
+                                                                                  "--shortcut"]
+    script.main([*flags, "--updates", "4", "--lr", "1e-2", "--warmup", "0", "--ema", "0.9", "--target-ema",
+                 str(target_ema)])
+    warm = script is train and target_ema == 0.9              # the average that is sampled begins with a shorter memory
+    assert len(seen) == 4
+    for k in range(3):
+        decay = min(target_ema, (1 + k) / (10 + k)) if warm else target_ema
+        (_, before), (weights, after) = seen[k], seen[k + 1]
+        for name in weights:
+            assert_close(after[name], decay * before[name] + (1 - decay) * weights[name])
+    assert not same(*seen[-1])
 
 def test_own_samples_have_the_labels_that_they_were_drawn_with(tmp_path):
     """Of any number of classes: three do not divide the number of the first one's noise."""
@@ -319,6 +364,8 @@ def test_drawing_that_was_killed_goes_on_and_so_does_the_run(trained, tmp_path, 
     child.wait()
     before = part().stat().st_size // (2 * 3 * 64)
     assert before < 80
+    with open(part(), "ab") as f:                             # and of one more, a part
+        f.write(b"cut off")
     real, drawn = sample.Sampler.draw, []
     monkeypatch.setattr(sample.Sampler, "draw", lambda self, numbers, steps: (
         drawn.extend(numbers), real(self, numbers, steps))[1])

@@ -14,6 +14,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import distill
+import sample
 import train
 import trainer
 from checkpoint import load_checkpoint, save_checkpoint
@@ -121,7 +122,7 @@ def test_a_killed_and_resumed_run_ends_bit_identical(small_run, tmp_path):
     stopped_at = load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"]
     assert 0 < stopped_at < 100
     with open(tmp_path / "out" / "log.jsonl", "a") as f:      # what a kill may leave: entries after the checkpoint,
-        f.write('{"step": 99, "loss": 1}\n{"step": 100, "lo')  # and half a line
+        f.write('{"step": 99, "loss": 1}\n\0\0\0\n{"step": 100, "lo')   # what a power cut does to one, and half a line
     train.main(["--resume", "--out", str(tmp_path / "out")])
     train.main([*flags, "--out", str(tmp_path / "whole")])
     a, b = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("out", "whole"))
@@ -232,6 +233,19 @@ def test_a_checkpoint_of_an_older_version_is_not_resumed(small_run, tmp_path):
     save_checkpoint(tmp_path / "out" / "ckpt.pt", {k: v for k, v in state.items() if k != "extra_state"})
     with pytest.raises(SystemExit, match="is of an older version: it can be sampled and distilled, but not resumed"):
         train.main(["--resume", "--out", str(tmp_path / "out"), "--updates", "4"])
+
+def test_a_model_without_a_run_is_not_resumed(small_run, tmp_path):
+    """What checkpoint.py says that a checkpoint has at least is enough to sample it."""
+    train.main([*small_run, "--updates", "2"])
+    state, ckpt = load_checkpoint(tmp_path / "out" / "ckpt.pt"), tmp_path / "out" / "ckpt.pt"
+    least = "config", "weights", "ema", "schedule", "predicts", "shape", "classes"
+    save_checkpoint(ckpt, {k: state[k] for k in least})
+    sample.main(["--ckpt", str(ckpt), "--steps", "1", "-n", "1", "--device", "cpu"])
+    with pytest.raises(SystemExit, match="a model without the settings of a run: it can't be resumed"):
+        train.main(["--resume", "--out", str(tmp_path / "out")])
+    save_checkpoint(ckpt, {k: state[k] for k in least[:-1]})
+    with pytest.raises(SystemExit, match="is not a checkpoint of this project"):
+        sample.main(["--ckpt", str(ckpt)])
 
 def test_a_folder_with_a_run_is_only_touched_on_demand(small_run, tmp_path):
     train.main([*small_run, "--updates", "2"])
