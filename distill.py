@@ -79,9 +79,8 @@ def fine_tune(trainer, depths, stream=None):
     args, net, classes = trainer.args, trainer.net, trainer.net.config.classes
     xhat = trainer.denoiser()                                 # x̂_θ
     frozen = trainer.second_net("teacher") if METHODS[args.schedule].teacher else None
-    average = trainer.target_net() if args.target_ema else None
-    teacher = trainer.denoiser(frozen) if frozen else None    # x̂_η
-    target_model = teacher or (trainer.denoiser(average) if average else xhat)
+    teacher = frozen and trainer.denoiser(frozen)             # x̂_η
+    target_model = teacher or (trainer.denoiser(trainer.target_net()) if args.target_ema else xhat)
     z, y, w = (trainer.carried.get(name) for name in ("z", "y", "w"))
     for step in trainer.steps():                              # logs, saves, resumes, stops
         N, u = locate(depths, step)                           # N_i, and which of its U_i updates this is

@@ -1,6 +1,6 @@
 """LDM's pretrained models (Rombach et al. 2022): the autoencoder they draw in, and their files in two layouts.
 
-    net, state = load_model("model.ckpt", name="celebahq256")     # CompVis's file; a folder in diffusers' layout
+    net, state = load_any_model("model.ckpt", name="celebahq256") # CompVis's file; a folder in diffusers' layout
     images = autoencoder_of(state).decode(z)                      # latents (B, 3, 64, 64) -> (B, 3, 256, 256)
 
 Their UNet is model.py's. It predicts the noise in latents, which a fixed autoencoder (VQ-f4: four times smaller, a
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from checkpoint import CheckpointError, file_hash, load_model as load_own
+from checkpoint import CheckpointError, file_hash, load_model
 from data import Images, check_space, locked, mapped, wait_for_first_rank
 from ddim import LDMDiscrete
 from model import Downsample, ResBlock, SelfAttention, Transformer, UNet, UNetConfig, Upsample, attend
@@ -435,7 +435,7 @@ def check_folder(folder, configs, what):
                 raise CheckpointError(f"error: {what}: {key} in {path} is {theirs[key]}, not {ours[key]}")
 
 # ---- any checkpoint -----------------------------------------------------------------------------------------
-def load_model(path, device="cpu", ema=True, name=None, size=None):
+def load_any_model(path, device="cpu", ema=True, name=None, size=None):
     """The network of any checkpoint, ready to sample, and its state: `checkpoint.load_model`, and LDM's own files too.
 
     path   a checkpoint of ours, a model.ckpt of CompVis's, or a folder in diffusers' layout
@@ -457,7 +457,7 @@ def load_model(path, device="cpu", ema=True, name=None, size=None):
                                   f"(if train.py made it, give its ckpt.pt instead)")
         net, state = _load_foreign(path, content, device, ema, name, size)
         return net, state | dict(files=files)
-    net, state = load_own(path, device, ema)
+    net, state = load_model(path, device, ema)
     state["files"] = files
     known = state.get("ldm")
     if name not in (None, known) or known not in (None, *MODELS):
@@ -500,7 +500,7 @@ def files_of(path):
     return {file: (info.st_ino, info.st_size, info.st_mtime_ns) for file in files for info in [file.stat()]}
 
 def model_hash(state):
-    """Which model an image or a score came from: the hash of the files that `load_model` read it from.
+    """Which model an image or a score came from: the hash of the files that `load_any_model` read it from.
 
     Raises CheckpointError if others have taken their place since."""
     hashes = [file_hash(file) for file in state["files"]]

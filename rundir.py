@@ -21,40 +21,31 @@ from runtime import rank, ranks
 RUN_FILES = re.compile(r"((ckpt|best)\.pt|log\.jsonl|curves\.png|samples-\d{6,}\.png)(\.\d+\.tmp)?"
                        r"|events\.out\.tfevents\.[\w.-]+")
 
-class Log:
-    """OUT/log.jsonl, open for a `with` block, and TensorBoard's file of the same values and of the pictures if wanted.
+@contextlib.contextmanager
+def open_log(out, tensorboard=False):
+    """Yields what writes a line, {name: value} with the update as `step`, into OUT/log.jsonl, and into TensorBoard's
+    file if wanted, with the pictures. `out` None: nothing is written."""
+    board = contextlib.nullcontext()
+    if out and tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(out)
+    with open(out / "log.jsonl" if out else os.devnull, "a") as file, board:
+        def write(entry):
+            with naming(file.name):
+                print(json.dumps(entry), file=file, flush=True)
+            if out and tensorboard:
+                show(board, entry, out / f"samples-{entry['step']:06d}.png")
+        yield write
 
-    out   the folder; None: nothing is written"""
-
-    def __init__(self, out, tensorboard=False):
-        self.out, self.board = out, None
-        if out and tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(out)
-
-    def __enter__(self):
-        self.file = open(os.devnull if self.out is None else self.out / "log.jsonl", "a")
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
-        if self.board:
-            self.board.close()
-
-    def write(self, entry):
-        """One line: {name: value} with the update as `step`."""
-        with naming(self.file.name):
-            print(json.dumps(entry), file=self.file, flush=True)
-        if not self.board:
-            return
-        step, at = entry["step"], entry.get("fake", {}).get("steps")
-        for name, value in entry.items():
-            if isinstance(value, (int, float)) and name not in ("step", "hooks"):
-                self.board.add_scalar(f"{name} at {at} steps" if at else name, value, step)
-        picture = self.out / f"samples-{step:06d}.png"
-        if "hooks" in entry and picture.exists():
-            self.board.add_image("samples", np.asarray(Image.open(picture)), step, dataformats="HWC")
-        self.board.flush()
+def show(board, entry, picture):
+    """A line of the log in TensorBoard, and the picture of its update with the line that says that it is made."""
+    step, at = entry["step"], entry.get("fake", {}).get("steps")
+    for name, value in entry.items():
+        if isinstance(value, (int, float)) and name not in ("step", "hooks"):
+            board.add_scalar(f"{name} at {at} steps" if at else name, value, step)
+    if "hooks" in entry and picture.exists():
+        board.add_image("samples", np.asarray(Image.open(picture)), step, dataformats="HWC")
+    board.flush()
 
 def read_log(out):
     """The lines of a run's log that are whole, as dicts: one that was being written in a power cut is not."""

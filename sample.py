@@ -32,7 +32,7 @@ from checkpoint import check_writable, claimed, naming, whole_file
 from data import first_not_finite, mapped, save_grid, to_pixels
 from ddim import Denoiser, ddim_sample, start_noise
 from flags import at_least, checkpoint, device_flags, finite, seed
-from ldm import autoencoder_of, image_size, ldm_flag, load_model, model_hash
+from ldm import autoencoder_of, image_size, ldm_flag, load_any_model, model_hash
 from runtime import autocast, broadcast, launch, map_over_ranks, memory_format, pick_device, pick_dtype, progress, rank
 
 # ---- one batch, one grid --------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def model_name(path):
 
 def load_sampler(path, args, device, dtype):
     """(Sampler, state) of one checkpoint, with the classes, guidance and seed of the flags. Exits if it can't be."""
-    net, state = load_model(path, device, not args.raw, args.ldm, args.size)
+    net, state = load_any_model(path, device, not args.raw, args.ldm, args.size)
     classes = pick_classes(args.classes, args.guidance, state)
     w = 1.0 if args.guidance == state.get("guidance") else args.guidance       # what is built in needs no w
     sampler = Sampler(net, state, device, dtype, classes, w, args.seed)

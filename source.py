@@ -12,7 +12,7 @@ from checkpoint import claimed, trained_on
 from data import load_data
 from ddim import Denoiser
 from hooks import draw_shown, shown_guidance
-from ldm import image_channels, image_size, load_model, model_hash
+from ldm import image_channels, image_size, load_any_model, model_hash
 from plans import METHODS
 from runtime import broadcast, rank
 from sample import Sampler
@@ -71,7 +71,8 @@ def opened(args, state, device):
     state   that of the run's own checkpoint if it is resumed, or None;  source  that of the file that net was read from
     images  the data set that the method or --fid-every reads, or None
     model_info  what the run's checkpoints will say of the model"""
-    net, source = load_model(Path(args.out) / "ckpt.pt" if state else args.ckpt, device, name=args.ldm, size=args.size)
+    path = Path(args.out) / "ckpt.pt" if state else args.ckpt
+    net, source = load_any_model(path, device, name=args.ldm, size=args.size)
     past = source["history"] if state else history(args, source)        # now: the file may be replaced meanwhile
     method, origin = METHODS[args.schedule], trained_on(source)
     data, images = args.data or origin["data"], None

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import claimed, save_checkpoint
 from ddim import SCHEDULES, Denoiser
-from rundir import Log, hooks_are_done
+from rundir import hooks_are_done, open_log
 from runtime import (
     all_gather,
     autocast,
@@ -171,7 +171,7 @@ class Trainer:
             warn_if_busy(self.device)
         signals = catch_signals(self) if self.out else contextlib.nullcontext(())    # without files nothing is saved
         lock = contextlib.nullcontext() if rank() or not self.out else claimed(self.out)
-        with (signals as stopped, lock, Log(None if rank() else self.out, a.tensorboard) as log,
+        with (signals as stopped, lock, open_log(None if rank() else self.out, a.tensorboard) as log,
               progress(total=a.updates, initial=self.step, unit="update") as bar):
             if self.resumed and broadcast(not hooks_are_done(self.resumed, self.out)):
                 self._call_hooks(log)                         # a run that was killed while they worked lost them
@@ -192,7 +192,7 @@ class Trainer:
                     entry = {"step": self.step} | means | dict(lr=lr, images_per_s=speed)
                     if self.watch:
                         entry |= self.watch(self)
-                    log.write(entry)
+                    log(entry)
                     if self.lost:
                         sys.exit(f"error: {self.lost}")
                     shown = {k: f"{means[k]:.3g}" for k in means if k != "grad_norm"}
@@ -229,14 +229,14 @@ class Trainer:
             self.interruptible = True
             for hook in due:
                 for entry in hook(self) or []:
-                    log.write({"step": self.step} | entry)
+                    log({"step": self.step} | entry)
         except KeyboardInterrupt:
             self.save()
             self._stopped(f"the pictures and scores of update {self.step}")
         finally:
             self.interruptible = False
         if due or self.step == self.args.updates:
-            log.write({"step": self.step, "hooks": len(due)})
+            log({"step": self.step, "hooks": len(due)})
 
     def _stopped(self, where):
         """End a run that was stopped and saved, and say how it goes on."""

@@ -35,7 +35,7 @@ import train
 import trainer
 from checkpoint import claimed, load_checkpoint, save_checkpoint, whole_file
 from data import DataError, load_data
-from ldm import load_model, model_hash
+from ldm import load_any_model, model_hash
 
 CPU = ["--device", "cpu", "--dtype", "fp32"]
 QUICK = ["--weights", "random", "-n", "4", "--steps", "2", *CPU]
@@ -196,7 +196,7 @@ def test_ranks_end_when_their_launcher_is_killed(small_run, tmp_path):
 # ---- replaced files ---------------------------------------------------------------------------------------
 def test_a_score_belongs_to_the_weights_that_were_read(ckpt, small_run, tmp_path, monkeypatch):
     """The checkpoint is replaced while fid.py waits for its data."""
-    was = model_hash(load_model(ckpt)[1])
+    was = model_hash(load_any_model(ckpt)[1])
     def slow(*args):
         state = load_checkpoint(ckpt)
         save_checkpoint(ckpt, {k: v for k, v in state.items()} | dict(step=9))
@@ -204,10 +204,10 @@ def test_a_score_belongs_to_the_weights_that_were_read(ckpt, small_run, tmp_path
     monkeypatch.setattr(fid, "load_data", slow)
     fid.main(["--ckpt", str(ckpt), *QUICK, "--out", str(tmp_path / "fid"), "--cache", str(tmp_path / "cache")])
     (score,) = (tmp_path / "out" / "scores").iterdir()
-    assert json.loads(score.read_text())["fake"]["hash"] == was != model_hash(load_model(ckpt)[1])
+    assert json.loads(score.read_text())["fake"]["hash"] == was != model_hash(load_any_model(ckpt)[1])
 
 def test_a_file_that_changed_since_it_was_read_has_no_hash(ckpt):
-    _, state = load_model(ckpt)
+    _, state = load_any_model(ckpt)
     save_checkpoint(ckpt, load_checkpoint(ckpt))
     with exits("has changed since it was read"):
         model_hash(state)

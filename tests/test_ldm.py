@@ -102,7 +102,7 @@ def files(tiny_models, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(files):
-    return {name: ldm.load_model(path, name=name) for name, path in files.items()}
+    return {name: ldm.load_any_model(path, name=name) for name, path in files.items()}
 
 @pytest.fixture(params=list(TINY))
 def name(request):
@@ -171,7 +171,7 @@ def test_without_averaged_weights_or_if_asked_the_raw_ones_are_used(files, name,
     bare = write_file(tmp_path / "bare.ckpt", state_dict_of(name, ema=False))
     g = GOLDEN[name]
     for path, ema in ((bare, True), (files[name], False)):
-        net, _ = ldm.load_model(path, ema=ema, name=name)
+        net, _ = ldm.load_any_model(path, ema=ema, name=name)
         y = () if name == "uncond" else (g["class_labels"],)
         assert_close(net(g["x"], g["t"] / 1000, *y), g["eps_raw"], rtol=0, atol=1e-4)
 
@@ -209,7 +209,7 @@ class Unknown:
 def test_a_file_that_tries_to_run_code_is_refused_and_runs_nothing(payload, tmp_path):
     canary = tmp_path / "canary"
     torch.save({"state_dict": {}, "x": payload(canary)}, tmp_path / "evil.ckpt")
-    for load in (lambda p: ldm.load_model(p, name="uncond"), lambda p: ldm.load_model(p)):
+    for load in (lambda p: ldm.load_any_model(p, name="uncond"), lambda p: ldm.load_any_model(p)):
         with pytest.raises(CheckpointError, match="is refused.*nothing of it was run") as e:
             load(tmp_path / "evil.ckpt")
         assert "\n" not in str(e.value) and not canary.exists()
@@ -233,11 +233,11 @@ def test_what_does_not_fit_is_named(change, message, tmp_path):
     tensors = state_dict_of("uncond")
     change(tensors)
     with pytest.raises(CheckpointError, match=f"^error: .*x.ckpt is not LDM's uncond: .*{message}"):
-        ldm.load_model(write_file(tmp_path / "x.ckpt", tensors), name="uncond")
+        ldm.load_any_model(write_file(tmp_path / "x.ckpt", tensors), name="uncond")
 
 def test_known_harmless_extras_are_ignored(tmp_path):
     extras = {k: torch.ones(2) for k in ("ddim_sigmas", "lvlb_weights", "first_stage_model.loss.discriminator.w")}
-    ldm.load_model(write_file(tmp_path / "x.ckpt", state_dict_of("uncond") | extras), name="uncond")
+    ldm.load_any_model(write_file(tmp_path / "x.ckpt", state_dict_of("uncond") | extras), name="uncond")
 
 def test_what_is_no_model_file_is_a_one_line_error(files, tmp_path):
     whole = files["uncond"].read_bytes()
@@ -247,28 +247,28 @@ def test_what_is_no_model_file_is_a_one_line_error(files, tmp_path):
     for path, message in (("cut.ckpt", "no readable"), ("text.ckpt", "no readable"),
                           ("folder", "no folder in diffusers"), ("missing.ckpt", "no file or folder")):
         with pytest.raises(CheckpointError, match=f"^error: .*{message}") as e:
-            ldm.load_model(tmp_path / path, name="uncond")
+            ldm.load_any_model(tmp_path / path, name="uncond")
         assert "\n" not in str(e.value)
     with pytest.raises(CheckpointError, match="say which model it is, with --ldm"):
-        ldm.load_model(files["uncond"])
+        ldm.load_any_model(files["uncond"])
     with pytest.raises(CheckpointError, match="is not LDM's class: "):
-        ldm.load_model(files["uncond"], name="class")
+        ldm.load_any_model(files["uncond"], name="class")
 
 def test_unconditional_models_draw_other_sizes(files):
-    state = ldm.load_model(files["uncond"], name="uncond", size=32)[1]
+    state = ldm.load_any_model(files["uncond"], name="uncond", size=32)[1]
     assert state["shape"] == [3, 8, 8] and ldm.image_size(state) == 32
     with pytest.raises(CheckpointError, match="multiple of 32"):
-        ldm.load_model(files["uncond"], name="uncond", size=48)
+        ldm.load_any_model(files["uncond"], name="uncond", size=48)
     with pytest.raises(CheckpointError, match="it must be 64 and nothing else"):
-        ldm.load_model(files["class"], name="class", size=32)
+        ldm.load_any_model(files["class"], name="class", size=32)
 
 def test_an_export_of_another_size_keeps_it(files, tmp_path):
-    export.export(*ldm.load_model(files["uncond"], name="uncond", size=32), tmp_path / "x")
-    assert ldm.load_model(tmp_path / "x", name="uncond")[1]["shape"] == [3, 8, 8]
-    assert ldm.load_model(tmp_path / "x", name="uncond", size=64)[1]["shape"] == [3, 16, 16]
+    export.export(*ldm.load_any_model(files["uncond"], name="uncond", size=32), tmp_path / "x")
+    assert ldm.load_any_model(tmp_path / "x", name="uncond")[1]["shape"] == [3, 8, 8]
+    assert ldm.load_any_model(tmp_path / "x", name="uncond", size=64)[1]["shape"] == [3, 16, 16]
     (tmp_path / "x" / "unet" / "config.json").write_text("[1]")
     with pytest.raises(CheckpointError, match="unet/config.json is no readable JSON"):
-        ldm.load_model(tmp_path / "x", name="uncond")
+        ldm.load_any_model(tmp_path / "x", name="uncond")
 
 # ---- diffusers' layout ------------------------------------------------------------------------------------------
 def exported(loaded, name, folder):
@@ -283,7 +283,7 @@ def test_heads_are_split_and_merged():
 
 def test_what_was_exported_loads_again_bit_for_bit(loaded, name, tmp_path):
     net, state = loaded[name]
-    again, other = ldm.load_model(exported(loaded, name, tmp_path / "x"), name=name)
+    again, other = ldm.load_any_model(exported(loaded, name, tmp_path / "x"), name=name)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in net.state_dict().items())
     assert all(torch.equal(v, other["autoencoder"][k]) for k, v in state["autoencoder"].items())
     assert other.keys() == state.keys()
@@ -318,27 +318,27 @@ def test_old_names_and_bin_files_load_too(loaded, tmp_path):
             tensors[key] = value
         torch.save(tensors, file.with_suffix(".bin"))
         file.rename(file.with_suffix(".away"))
-    again, _ = ldm.load_model(folder, name="uncond")
+    again, _ = ldm.load_any_model(folder, name="uncond")
     for file in folder.glob("*/*.away"):                      # where both are there, safetensors is the one to read
         file.with_suffix(".bin").write_bytes(b"damaged")
         file.rename(file.with_suffix(".safetensors"))
-    ldm.load_model(folder, name="uncond")
+    ldm.load_any_model(folder, name="uncond")
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in loaded["uncond"][0].state_dict().items())
 
 def test_a_folder_of_another_model_is_refused(loaded, tmp_path):
     folder = exported(loaded, "uncond", tmp_path / "x")
     with pytest.raises(CheckpointError, match="_class_name in .* is UNet2DModel, not UNet2DConditionModel"):
-        ldm.load_model(folder, name="class")
+        ldm.load_any_model(folder, name="class")
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps(config | {"attention_head_dim": 8}))
     with pytest.raises(CheckpointError, match="attention_head_dim in .* is 8, not 32"):
-        ldm.load_model(folder, name="uncond")
+        ldm.load_any_model(folder, name="uncond")
 
 def test_a_folder_may_have_any_scheduler(loaded, tmp_path):
     """Its networks are the model: other pipelines bring schedulers of their own."""
     folder = exported(loaded, "uncond", tmp_path / "x")
     (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "PNDMScheduler"}')
-    assert ldm.load_model(folder, name="uncond")[1]["schedule"] == "ldm"
+    assert ldm.load_any_model(folder, name="uncond")[1]["schedule"] == "ldm"
 
 def test_diffusers_loads_an_export_and_gives_the_same(loaded, name, tmp_path):
     """Its networks, and with its scheduler the samples and images of LDM itself."""
@@ -432,7 +432,7 @@ def test_an_ldm_is_sampled_into_a_grid_and_files(small):
     script.main([*flags, "--steps", "2", "-n", "5", "--batch", "3", "--save", str(small / "x.npz")])
     saved = np.load(small / "x.npz")
     assert saved["arr_0"].shape == (5, 16, 16, 3) and saved["arr_1"].tolist() == [0, 1, 2, 0, 1]
-    net, state = ldm.load_model(small / "small-class.ckpt", name="small-class")
+    net, state = ldm.load_any_model(small / "small-class.ckpt", name="small-class")
     sampler = script.Sampler(net, state, torch.device("cpu"), "fp32", [0, 1, 2])
     images = ldm.autoencoder_of(state).decode(sampler.draw(range(5), 2))
     assert np.abs(data.to_pixels(images).astype(int) - saved["arr_0"]).max() <= 1
@@ -450,9 +450,9 @@ def test_an_ldm_is_distilled_and_the_result_needs_nothing_else(small, schedule, 
     """The checkpoint samples, is scored and exported without the file it came from; its autoencoder is that file's."""
     more = ["--data", str(small / "data")] if data else ["--pool", "9"] if schedule == "shortcut" else []
     ckpt = distil(small, "small-class", "--schedule", schedule, "--updates", "6", "--lr", "1e-4", *more)
-    source = ldm.load_model(small / "small-class.ckpt", name="small-class")[1]
+    source = ldm.load_any_model(small / "small-class.ckpt", name="small-class")[1]
     (small / "small-class.ckpt").unlink()
-    net, state = ldm.load_model(ckpt)
+    net, state = ldm.load_any_model(ckpt)
     assert state["ldm"] == "small-class" and state["shape"] == [3, 8, 8] and state["step"] == 6
     assert net.config.step_length == (schedule == "shortcut")
     if schedule == "shortcut":
@@ -471,7 +471,7 @@ def test_an_ldm_is_distilled_and_the_result_needs_nothing_else(small, schedule, 
 
 @pytest.mark.parametrize("name", ["small", "small-class"])
 def test_an_ldm_takes_the_path_of_step_lengths_on_unchanged(small, name):
-    net, _ = ldm.load_model(small / f"{name}.ckpt", name=name)
+    net, _ = ldm.load_any_model(small / f"{name}.ckpt", name=name)
     z, t, y = torch.randn(3, 3, 8, 8), torch.rand(3), torch.arange(3) if net.config.classes else None
     with torch.no_grad():
         before = net(z, t, y)
@@ -489,19 +489,19 @@ def test_a_distilled_ldm_is_scored_and_exported(small):
     (same,) = [e for e in logged if e.get("fake", {}).get("steps") == 2]
     assert same["rFID (random features)"] == pytest.approx(card["scores"]["rFID (random features)"], rel=1e-6)
     script.main(["--ckpt", str(ckpt), "--export", str(small / "hf"), *CPU])
-    net, state = ldm.load_model(small / "hf", name="small")
+    net, state = ldm.load_any_model(small / "hf", name="small")
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in load_checkpoint(ckpt)["ema"].items())
     assert state["schedule"] == load_checkpoint(ckpt)["schedule"] == "ldm-distilled"
     config = small / "hf" / "scheduler" / "scheduler_config.json"
     told = json.loads(config.read_text())
     for other, schedule in ((dict(timestep_spacing="leading", note="not trailing"), "ldm"), ({}, "ldm-distilled")):
         config.write_text(json.dumps(told | other))
-        assert ldm.load_model(small / "hf", name="small")[1]["schedule"] == schedule
+        assert ldm.load_any_model(small / "hf", name="small")[1]["schedule"] == schedule
 
 def test_a_distilled_ldm_is_sampled_at_the_times_that_it_learned(small):
     """Here, and within one of the thousand steps in diffusers; before it, at LDM's own."""
     ckpt = distil(small, "small", "--updates", "3")
-    before, after = ldm.load_model(small / "small.ckpt", name="small"), ldm.load_model(ckpt)
+    before, after = ldm.load_any_model(small / "small.ckpt", name="small"), ldm.load_any_model(ckpt)
     at = lambda loaded, n: [1000 * t for t in Denoiser.of(*loaded).schedule.times(n)]  # noqa: E731
     assert at(before, 2) == [501, 1, 0] and at(after, 2) == [1000, 500, 0] and at(after, 4)[1:3] == [750, 500]
     script.main(["--ckpt", str(ckpt), "--export", str(small / "hf"), *CPU])
@@ -571,7 +571,7 @@ def images(small):
     return data.load_data(small / "data", 16, None, small / "cache")
 
 def test_latents_are_those_of_the_images_and_of_their_mirror_images(small, images):
-    state = ldm.load_model(small / "small.ckpt", name="small")[1]
+    state = ldm.load_any_model(small / "small.ckpt", name="small")[1]
     latents, net = ldm.Latents(images, state, torch.device("cpu"), "fp32"), ldm.autoencoder_of(state)
     (x, y), (z, labels) = images.batch(3, 8, seed=1), latents.batch(3, 8, seed=1)
     assert_close(z, net.encode(x), rtol=1e-3, atol=1e-3)
@@ -580,7 +580,7 @@ def test_latents_are_those_of_the_images_and_of_their_mirror_images(small, image
     assert_close(z, net.encode(x), rtol=1e-3, atol=1e-3)
 
 def test_interrupted_encoding_goes_on(small, images, monkeypatch):
-    state, cpu = ldm.load_model(small / "small.ckpt", name="small")[1], torch.device("cpu")
+    state, cpu = ldm.load_any_model(small / "small.ckpt", name="small")[1], torch.device("cpu")
     whole = ldm.Latents(images, state, cpu, "fp32")
     (file,) = images.folder.glob("latents-*")
     kept = file.read_bytes()

@@ -254,7 +254,7 @@ def test_training_learns_to_jump_and_goes_on(small_run, tmp_path, monkeypatch):
     sample.main(asked[0])
     sample.main(asked[1])                                     # what is built in may be asked for: it is there already
     assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
-    assert sample.Sampler(*sample.load_model(tmp_path / "out" / "ckpt.pt"), classes=[0]).guidance == 2
+    assert sample.Sampler(*sample.load_any_model(tmp_path / "out" / "ckpt.pt"), classes=[0]).guidance == 2
     fid.main(["--ckpt", str(tmp_path / "out"), "--steps", "1", "-n", "4", "--weights", "random", "--device", "cpu",
               "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "fid")])
     (score,) = json.loads((tmp_path / "fid" / "table.json").read_text())["out"]
@@ -291,13 +291,13 @@ def test_fine_tuning_without_data(trained, tmp_path, extra, capsys):
     assert "drawing 20 samples of its own: 80 evaluations" in capsys.readouterr().err
     (pool,) = (tmp_path / "out").glob("pool-*")
     samples = np.fromfile(pool, np.float16).reshape(20, 3, 8, 8)
-    net, s = sample.load_model(trained[3])
+    net, s = sample.load_any_model(trained[3])
     want = sample.Sampler(net, s, torch.device("cpu"), "fp32").draw([shortcut.OwnSamples.FIRST + 7], 4)
     assert_close(torch.from_numpy(samples[7:8]).float(), want, rtol=1e-2, atol=1e-2)
     again = [*trained[:3], str(tmp_path / "out"), *trained[4:], "--updates", "1", "--out", str(tmp_path / "again")]
     distill.main(again)                                       # of this model, too, the ordinary denoiser draws them
     (pool,) = (tmp_path / "again").glob("pool-*")
-    sampler = sample.Sampler(*sample.load_model(tmp_path / "out" / "ckpt.pt"), torch.device("cpu"), "fp32")
+    sampler = sample.Sampler(*sample.load_any_model(tmp_path / "out" / "ckpt.pt"), torch.device("cpu"), "fp32")
     drawn = np.fromfile(pool, np.float16).reshape(20, 3, 8, 8)[:8]
     for sampler.xhat.lengths in (False, True):
         same_way = sampler.draw(range(shortcut.OwnSamples.FIRST, shortcut.OwnSamples.FIRST + 8), 4).half().numpy()
