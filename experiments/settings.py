@@ -1,22 +1,43 @@
-"""Which settings of `--schedule shortcut` matter: one changed at a time, half as many updates, on table2.py's model.
+"""Which settings of jumps matter: one changed at a time, on faces of 16x16, in fine-tuning or in training.
 
-    python experiments/settings.py --data celeba-10k.zip   # out/table2: settings.md and .json; 8 hours on an old core
-    python experiments/settings.py --seeds                 # only the page, of what settings.json has
-    python experiments/settings.py --lab                   # in lab.py's plane: settings-lab.md; ten minutes
+    python experiments/settings.py --data celeba-10k.zip               # fine-tuning: 8 hours on an old core
+    python experiments/settings.py --data celeba-10k.zip --training    # `train.py --shortcut`: 6 hours
+    python experiments/settings.py --lab                               # in lab.py's plane: ten minutes
+    python experiments/settings.py --seeds                             # only the page, of what the JSON has
 
-The last row asks whether many updates and a high rate spoil it. --out docs: the page of the docs. What settings.json
-has is not made again.
+Fine-tuning has half as many updates as the default, on table2.py's model; its last row asks whether many updates and a
+high rate spoil it. Training is figure3.py's. Writes settings.md, settings-training.md or settings-lab.md, and .json, to
+out/table2 (--out docs: the pages of the docs). What the JSON has is not made again.
 """
 
 from unittest import mock
 
+import figure3
 import lab
-from common import STEPS, UNDISTILLED, Experiment, evaluations, heading, pairs, row, seeds_of, write
+from common import (
+    ROOT,
+    STEPS,
+    UNDISTILLED,
+    Experiment,
+    Figures,
+    QuickScore,
+    evaluations,
+    file_name,
+    heading,
+    pairs,
+    row,
+    seconds_per_evaluation,
+    seeds_of,
+    tell_hours,
+    to_the_end,
+    write,
+)
 from table2 import ABOUT, BASE, SIZES
 
 import distill
 import shortcut
-from runtime import progress
+import train
+from runtime import pick_device, progress
 
 HALF = ["--schedule", "shortcut", "--updates", "300"]
 SETTINGS = {                                                  # flags beside HALF
@@ -33,6 +54,16 @@ SETTINGS = {                                                  # flags beside HAL
     "twice the rate, ten times the default's updates": ["--lr", "1e-3", "--updates", "6000"],
 }
 METHODS = {name: ([*HALF, *flags], None) for name, flags in SETTINGS.items()}      # no search: at their rates
+
+FACES = "faces, 16x16"                                        # of `figure3.SETS`
+TRAINING = {                                                  # flags, and what changes in `train_shortcut`
+    "the defaults": ([], {}),
+    "a quarter of the rows jump: `--distill 0.125`": (["--distill", "0.125"], {}),
+    "jumps weigh as much as data": ([], dict(weight=1.0)),
+    "a quarter of the rows, but from the first update on": ([], dict(rows=0.25, start=0)),
+    "and weigh as much as data": ([], dict(rows=0.25, start=0, weight=1.0)),
+    "targets of a slower average: `--target-ema 0.99`": (["--target-ema", "0.99"], {}),
+}
 
 LAB = {                                                       # of `lab.in_the_lab`, and levels: the number of lengths
     "those of lab.md": {},
@@ -75,6 +106,38 @@ def page(table):
                                 *pairs([run["scores"] for run in runs])]))
     return "\n".join(lines)
 
+def trained(args, name, seed):
+    """The checkpoint of a training of TRAINING, made or gone on with."""
+    flags, changed = TRAINING[name]
+    def train_shortcut(trainer, stream, b, w=1.0):
+        settings = dict(weight=3.0, start=0.5, rows=2 * b) | changed
+        shortcut.shortcut(trainer, stream, settings["rows"], w=w, weight=settings["weight"],
+                          start=int(settings["start"] * trainer.args.updates))
+    out = ROOT / args.runs / file_name(f"training-{name}-{seed}")
+    flags = [*figure3.flags_of(args, FACES, "shortcut"), *flags, "--seed", str(seed), "--device", args.device]
+    with mock.patch("train.train_shortcut", train_shortcut):
+        to_the_end(train.main, out, flags)
+    return out / "ckpt.pt"
+
+def training(args):
+    """The page of trainings, after those that are missing were made."""
+    figures = Figures(args.out / "settings-training.json", dict(samples=args.n), ROOT / args.runs)
+    missing = [(name, seed) for seed in args.seeds for name in TRAINING if f"{name}, seed {seed}" not in figures.values]
+    if missing:
+        given, device = train.parse_args(figure3.flags_of(args, FACES, "shortcut")), pick_device(args.device)
+        count = 3.5 * given.updates * given.batch + args.n * sum(STEPS)
+        tell_hours(len(missing), len(missing) * count * seconds_per_evaluation(given, device))
+        quick = QuickScore(args.data, given.size, given.crop, args.n)
+    def of_run(name, seed):
+        return quick.of_file(trained(args, name, seed), STEPS, device)
+    for name, seed in missing:
+        figures.made(f"{name}, seed {seed}", of_run, name, seed)
+    found = {name: runs for name in TRAINING if (runs := figures.of_seeds(name))}
+    lines = [f"`python experiments/settings.py --data … --training`: {figures}; [on what]({ABOUT[16]}). Quick score at "
+             f"N steps, mean of seeds of training ± half their range, and contrast.", "",
+             heading("setting", "seeds", *STEPS)]
+    return "\n".join([*lines, *(row(name, [seeds_of(figures, name), *pairs(runs)]) for name, runs in found.items())])
+
 def in_the_lab(net, mixture, seed, levels=shortcut.LEVELS, **changed):
     """`lab.distances` of a network that was fine-tuned with some settings changed."""
     with mock.patch("shortcut.LEVELS", levels):
@@ -96,7 +159,12 @@ def laboratory(seeds):
 def main(argv=None):
     p = Experiment.flags("table2", __doc__, samples=256)
     p.add_argument("--lab", action="store_true", help="in the laboratory instead, which has --seeds and --out only")
+    p.add_argument("--training", action="store_true", help="of training instead of fine-tuning")
     args = p.parse_args(argv)
+    if args.training and args.seeds and not args.data:
+        p.error("--training is of faces: give them as --data")
+    if args.training:
+        return write(args.out / "settings-training.md", training(args))
     if args.lab and (not args.seeds or args.data or args.ckpt):
         p.error("--lab has no page without --seeds, and takes no --data and no --ckpt")
     if args.lab:

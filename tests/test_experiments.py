@@ -13,11 +13,12 @@ import second_term
 import settings
 import table2
 import torch
-from conftest import SMALL_RUN, labelled_images
+from conftest import SMALL_RUN, labelled_images, same
 from PIL import Image
 
 import scores
 import train
+from checkpoint import load_checkpoint
 
 BASE = [*SMALL_RUN, "--updates", "2", "--lr", "0.01", "--warmup", "0"]
 P = ["--batch", "4", "--steps", "4", "--for-steps", "1", "2"]
@@ -129,6 +130,25 @@ def test_settings(place, tmp_path, monkeypatch, capsys):
     assert len({json.dumps(figures[f"{name}, seed 0"]) for name in methods}) == len(methods)      # each does something
     last = [figures[f"twice the rate, seed {seed}"]["scores"][1][0] for seed in (0, 1)]
     assert cells(page, "twice the rate | `--lr 1e-3`")[-1].startswith(f"{sum(last) / 2:.3g} ± ")
+
+def test_settings_of_training(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(figure3, "SETS", {settings.FACES: (BASE, 4)})
+    monkeypatch.setattr(settings, "STEPS", (1, 2))
+    settings.main([*place, "--training"])
+    assert "12 runs and scores to make" in capsys.readouterr().err
+    figures = json.loads((tmp_path / "settings-training.json").read_text())
+    page = (tmp_path / "settings-training.md").read_text()
+    assert len({json.dumps(figures[f"{name}, seed 1"]) for name in settings.TRAINING}) == len(settings.TRAINING)
+    train.main([*BASE, *place[:2], *figure3.KINDS["shortcut"]["flags"], "--updates", "4", "--out", str(tmp_path / "t")])
+    assert same(*(load_checkpoint(folder / "ckpt.pt")["weights"] for folder in (
+        tmp_path / "t", tmp_path / "runs" / "training-the-defaults-0")))        # the defaults are train.py's
+    last = [figures[f"and weigh as much as data, seed {seed}"][1][0] for seed in (0, 1)]
+    assert cells(page, "and weigh as much as data")[-1].startswith(f"{sum(last) / 2:.3g} ± ")
+    monkeypatch.setattr(settings, "trained", None)            # a run would now be an error
+    settings.main([*place, "--training", "--seeds"])
+    assert (tmp_path / "settings-training.md").read_text() == page
+    with pytest.raises(SystemExit):
+        settings.main(["--training"])
 
 def test_settings_in_the_laboratory(tmp_path, monkeypatch):
     monkeypatch.setattr(settings.lab, "trained", lambda mixture, seed: settings.lab.MLP())
