@@ -27,9 +27,11 @@ finite = checked(float, math.isfinite, "a finite number")
 fraction = checked(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 def checkpoint(text):
-    """A type for argparse: a checkpoint, or the folder of a run, which stands for its ckpt.pt."""
-    inside = Path(text).expanduser() / "ckpt.pt"
-    return str(inside) if inside.is_file() else text
+    """A type for argparse: a checkpoint, or the folder of a run, which stands for its ckpt.pt.
+
+    Where the guard ended a run before its first checkpoint there is only the best model."""
+    inside = (Path(text).expanduser() / name for name in ("ckpt.pt", "best.pt"))
+    return next((str(path) for path in inside if path.is_file()), text)
 
 def device_flags(g, compiled=False):
     """`--device` and `--dtype`, for every script that runs a network, and `--compile` if it is to be compiled."""

@@ -134,7 +134,8 @@ def training(args):
         figures.made(f"{name}, seed {seed}", of_run, name, seed)
     found = {name: runs for name in TRAINING if (runs := figures.of_seeds(name))}
     lines = [f"`python experiments/settings.py --data … --training`: {figures}; [on what]({ABOUT[16]}). Quick score at "
-             f"N steps, mean of seeds of training ± half their range, and contrast.", "",
+             f"N steps of `train.py --distill 0.25 --shortcut` with one setting changed: mean of seeds of training ± "
+             f"half their range, and contrast.", "",
              heading("setting", "seeds", *STEPS)]
     return "\n".join([*lines, *(row(name, [seeds_of(figures, name), *pairs(runs)]) for name, runs in found.items())])
 

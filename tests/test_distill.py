@@ -453,6 +453,7 @@ def test_a_run_that_is_lost_ends_with_its_best_model_in_place(ckpt, tmp_path, ca
     with pytest.raises(SystemExit, match="holds a run already: --overwrite deletes it"):
         distill.main(lost)
     assert load_checkpoint(tmp_path / "out" / "best.pt")["step"] == best["step"]
+    assert sample.parse_args(["--ckpt", str(tmp_path / "out")]).ckpt == [str(tmp_path / "out" / "best.pt")]
     distill.main([*lost, "--no-guard", "--overwrite"])
     assert re.search(r"no update had as much as there was before, [01]\.\d\d\d; scores", capsys.readouterr().out)
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 40
