@@ -115,11 +115,12 @@ def shortcut(trainer, stream, b, anchor=None, w=1.0, weight=1.0, start=0):
             trainer.backward(loss, terms)
         trainer.update()
 
-def train_shortcut(trainer, stream, b, w=1.0):
+def train_shortcut(trainer, stream, b, w=1.0, weight=3.0, start=0.5):
     """Training: a share b of all rows jumps, none in the first half of the updates, since nothing is known to jump to.
 
-    Jumps weigh three times as much as data, whose noise would drown them in Adam's normalised steps."""
-    shortcut(trainer, stream, 2 * b, w=w, weight=3.0, start=trainer.args.updates // 2)
+    Jumps weigh three times as much as data, whose noise would drown them in Adam's normalised steps. `start` is the
+    share of the updates before the first jump."""
+    shortcut(trainer, stream, b / (1 - start), w=w, weight=weight, start=int(start * trainer.args.updates))
 
 # ---- data of its own ----------------------------------------------------------------------------------------
 class OwnSamples(Images):

@@ -97,6 +97,15 @@ def trained(args, images, name, seed, quick):
                                      str(every)])
     return out
 
+def quick_score(args, images, name, runs, evaluations, steps):
+    """The QuickScore of a data set, after it was told how long `runs` trainings of KINDS[name] and their scores take.
+
+    evaluations  for each image of a batch, a backward pass counting as two;  steps  of all samples of a run"""
+    given, device = train.parse_args(flags_of(args, images, name)), pick_device(args.device)
+    count = evaluations * given.updates * given.batch + args.n * steps
+    tell_hours(runs, runs * count * seconds_per_evaluation(given, device))
+    return QuickScore(args.data, given.size, given.crop, args.n)
+
 def made(args, images, name, seed, quick):
     """A run, made or gone on with: {curve: [[update, [[score, contrast] at each of SCORED]], …], last: the same pairs
     at each of STEPS, seconds, evaluations}."""
@@ -127,10 +136,7 @@ def make(args, figures):
     missing = [(name, seed) for seed in args.seeds for name in args.rows
                if f"{images}, {name}, seed {seed}" not in figures.values]
     if missing:
-        given, device = train.parse_args(flags_of(args, images, "plain")), pick_device(args.device)
-        count = 3 * given.updates * given.batch + args.n * (POINTS * sum(SCORED) + sum(STEPS))
-        tell_hours(len(missing), len(missing) * count * seconds_per_evaluation(given, device))
-        quick = QuickScore(args.data, given.size, given.crop, args.n)
+        quick = quick_score(args, images, "plain", len(missing), 3, POINTS * sum(SCORED) + sum(STEPS))
         digest = quick.data.digest()
         if figures.made(f"images of {images}", lambda: digest) != digest:
             sys.exit(f"error: {figures.path} has figures of other {images}: choose another --out, and other --runs")

@@ -10,6 +10,7 @@ high rate spoil it. Training is figure3.py's. Writes settings.md, settings-train
 out/table2 (--out docs: the pages of the docs). What the JSON has is not made again.
 """
 
+from functools import partial
 from unittest import mock
 
 import figure3
@@ -20,15 +21,12 @@ from common import (
     UNDISTILLED,
     Experiment,
     Figures,
-    QuickScore,
     evaluations,
     file_name,
     heading,
     pairs,
     row,
-    seconds_per_evaluation,
     seeds_of,
-    tell_hours,
     to_the_end,
     write,
 )
@@ -56,12 +54,12 @@ SETTINGS = {                                                  # flags beside HAL
 METHODS = {name: ([*HALF, *flags], None) for name, flags in SETTINGS.items()}      # no search: at their rates
 
 FACES = "faces, 16x16"                                        # of `figure3.SETS`
-TRAINING = {                                                  # flags, and what changes in `train_shortcut`
+TRAINING = {                                                  # flags, and arguments of `train_shortcut`
     "the defaults": ([], {}),
     "a quarter of the rows jump: `--distill 0.125`": (["--distill", "0.125"], {}),
     "jumps weigh as much as data": ([], dict(weight=1.0)),
-    "a quarter of the rows, but from the first update on": ([], dict(rows=0.25, start=0)),
-    "and weigh as much as data": ([], dict(rows=0.25, start=0, weight=1.0)),
+    "a quarter of the rows, but from the first update on": ([], dict(start=0.0)),
+    "and weigh as much as data": ([], dict(start=0.0, weight=1.0)),
     "targets of a slower average: `--target-ema 0.99`": (["--target-ema", "0.99"], {}),
 }
 
@@ -109,13 +107,9 @@ def page(table):
 def trained(args, name, seed):
     """The checkpoint of a training of TRAINING, made or gone on with."""
     flags, changed = TRAINING[name]
-    def train_shortcut(trainer, stream, b, w=1.0):
-        settings = dict(weight=3.0, start=0.5, rows=2 * b) | changed
-        shortcut.shortcut(trainer, stream, settings["rows"], w=w, weight=settings["weight"],
-                          start=int(settings["start"] * trainer.args.updates))
     out = ROOT / args.runs / file_name(f"training-{name}-{seed}")
     flags = [*figure3.flags_of(args, FACES, "shortcut"), *flags, "--seed", str(seed), "--device", args.device]
-    with mock.patch("train.train_shortcut", train_shortcut):
+    with mock.patch("train.train_shortcut", partial(shortcut.train_shortcut, **changed)):
         to_the_end(train.main, out, flags)
     return out / "ckpt.pt"
 
@@ -124,12 +118,9 @@ def training(args):
     figures = Figures(args.out / "settings-training.json", dict(samples=args.n), ROOT / args.runs)
     missing = [(name, seed) for seed in args.seeds for name in TRAINING if f"{name}, seed {seed}" not in figures.values]
     if missing:
-        given, device = train.parse_args(figure3.flags_of(args, FACES, "shortcut")), pick_device(args.device)
-        count = 3.5 * given.updates * given.batch + args.n * sum(STEPS)
-        tell_hours(len(missing), len(missing) * count * seconds_per_evaluation(given, device))
-        quick = QuickScore(args.data, given.size, given.crop, args.n)
+        quick = figure3.quick_score(args, FACES, "shortcut", len(missing), 3.5, sum(STEPS))
     def of_run(name, seed):
-        return quick.of_file(trained(args, name, seed), STEPS, device)
+        return quick.of_file(trained(args, name, seed), STEPS, pick_device(args.device))
     for name, seed in missing:
         figures.made(f"{name}, seed {seed}", of_run, name, seed)
     found = {name: runs for name in TRAINING if (runs := figures.of_seeds(name))}
@@ -162,8 +153,8 @@ def main(argv=None):
     p.add_argument("--lab", action="store_true", help="in the laboratory instead, which has --seeds and --out only")
     p.add_argument("--training", action="store_true", help="of training instead of fine-tuning")
     args = p.parse_args(argv)
-    if args.training and args.seeds and not args.data:
-        p.error("--training is of faces: give them as --data")
+    if args.training and (args.lab or args.ckpt or args.seeds and not args.data):
+        p.error("--training is of faces: give them as --data, without --lab and --ckpt")
     if args.training:
         return write(args.out / "settings-training.md", training(args))
     if args.lab and (not args.seeds or args.data or args.ckpt):
