@@ -3,9 +3,9 @@
     python experiments/classes.py              # writes out/classes/classes.md, .json and .png; 4 hours on an old core
     python experiments/classes.py --seeds 1    # of one seed; elsewhere with the same base model as --ckpt
 
-Trains a model of ten classes and distils it, guided. The score is the share of samples that a classifier takes for the
-class that was asked for; it learned from other pictures than those on which its own accuracy is told. What classes.json
-has is not made again.
+Trains a model of ten classes and distils it, guided; and trains others that learn to jump, with guidance or without.
+The score is the share of samples that a classifier takes for the class that was asked for; it learned from other
+pictures than those on which its own accuracy is told. What classes.json has is not made again.
 """
 
 import sys
@@ -13,25 +13,30 @@ from functools import cache
 
 import numpy as np
 import torch
-from common import UNDISTILLED, Experiment, claims_table, drawn, heading, pairs, rates_of, row, seeds_of
+from common import UNDISTILLED, Experiment, claims_table, drawn, heading, pairs, rates_of, row, seeds_of, to_the_end
 from torch import nn
 
+import train
 from data import load_data, to_tensor
 from pictures import SHAPES, draw_picture
 from runtime import progress
 
 STEPS = 1, 2, 4, 8, 16
 BASE = ["--classes", "--updates", "3000", "--lr-end", "1e-5", "--sample-every", "0"]
+JUMPS = [*BASE, "--updates", "2680", "--distill", "0.25", "--shortcut"]          # in the time of the base
 P = ["--updates", "128", "--batch", "32"]
 METHODS = {                                                   # flags, and the rate to begin the search at
+    "pd": (["--schedule", "pd", *P], 3e-4),
     "tsd": (["--schedule", "tsd", *P], 3e-5),
+    "dsdn": (["--schedule", "dsdn", *P], 1e-5),
     "dsdi": (["--schedule", "dsdi", *P], 3e-6),
     "dsdgl-average": (["--schedule", "dsdgl", "--target-ema", "0.98", *P], 3e-5),
     "shortcut-w1": (["--schedule", "shortcut", "--guidance", "1", "1"], None),
     "shortcut-w2": (["--schedule", "shortcut", "--guidance", "2", "2"], None),
 }
-BAKED = {"shortcut-w1": 1.0, "shortcut-w2": 2.0}              # the guidance that is built in; the others are sampled
-GUIDANCE = 1.0, 2.0                                           # with each of these
+TRAINED = {f"trained-w{w}": [*JUMPS, "--guidance", str(w)] for w in (1, 2)}
+BAKED = {"shortcut-w1": 1.0, "shortcut-w2": 2.0, "trained-w1": 1.0, "trained-w2": 2.0}      # guidance that is built in
+GUIDANCE = 1.0, 2.0                                           # the others are sampled with each of these
 CLASSIFIER = dict(updates=1500, batch=64, unseen=2000)
 
 # The claim, and two rows of which the first should have the higher accuracy, at their lowest guidance.
@@ -40,6 +45,9 @@ CLAIMS = {
     "an average as the target beats TSD": ("dsdgl-average", "tsd"),
     "shortcut beats dsdgl-average": ("shortcut-w1", "dsdgl-average"),
     "guidance that is built in helps shortcut": ("shortcut-w2", "shortcut-w1"),
+    "guidance that is built in helps training with jumps": ("trained-w2", "trained-w1"),
+    "PD beats DSDI": ("pd", "dsdi"),
+    "DSDN, which needs no schedule, beats DSDI": ("dsdn", "dsdi"),
     "DSDI beats the undistilled model": ("dsdi", "undistilled"),
     "TSD beats the undistilled model": ("tsd", "undistilled"),
 }
@@ -85,13 +93,24 @@ def guidance(name):
     """What a model is sampled with: 1 where its guidance is built in."""
     return (1.0,) if name in BAKED else GUIDANCE
 
+def training(name):
+    """About how many guided evaluations it takes to train one of TRAINED; the others are not trained."""
+    if name not in TRAINED:
+        return 0
+    args = train.parse_args(TRAINED[name])
+    return 2 * args.updates * args.batch
+
 def make(table):
     """All figures that are missing, and the picture."""
-    finals = {f"{name}, seed {seed}": (name, seed) for seed in table.args.seeds for name in METHODS}
+    finals = {f"{name}, seed {seed}": (name, seed) for seed in table.args.seeds for name in (*METHODS, *TRAINED)}
     scoring = 1.5 * table.args.n * sum(STEPS)                 # of the guided evaluations that `tell_time` counts
     table.tell_time(table.jobs({UNDISTILLED: ((), scoring, 0)} | {
-        figure: ((name,), scoring, 0) for figure, (name, _) in finals.items()}))
+        figure: ((name,) * (name in METHODS), scoring + training(name), 0) for figure, (name, _) in finals.items()}))
     def of_run(name, seed):
+        if name in TRAINED:
+            out = table.runs / f"{name}-seed{seed}"
+            to_the_end(train.main, out, [*TRAINED[name], "--seed", str(seed), "--device", table.args.device])
+            return scored(table, out / "ckpt.pt", guidance(name))
         return scored(table, table.run(name, rates[name], seed), guidance(name), lr=rates[name])
     table.made(UNDISTILLED, lambda: scored(table, table.base, GUIDANCE))
     rates = table.rates()
@@ -101,12 +120,12 @@ def make(table):
 
 def page(table):
     """The table in Markdown."""
-    found = {name: table.figures.of_seeds(name) for name in ("undistilled", *METHODS)}
+    found = {name: table.figures.of_seeds(name) for name in ("undistilled", *METHODS, *TRAINED)}
     lines = [f"`python experiments/classes.py`: {table.figures}. The percentage of samples that a classifier "
              f"takes for the class that was asked for, and in brackets the quick score, at N steps; means of seeds of "
              f"distillation, ± half their range. The classifier tells {table.figures.values['classifier']:.1f} % of "
-             f"pictures that it never saw. w: guidance, built into the shortcut models, and in the others while "
-             f"sampling, at twice the cost.", "", heading("method", "w", "rate", "seeds", *STEPS)]
+             f"pictures that it never saw. w: guidance, built into the models that jump (shortcut, trained), and in "
+             f"the others while sampling, at twice the cost.", "", heading("method", "w", "rate", "seeds", *STEPS)]
     for name, runs in found.items():
         lines += [row(name, [f"{BAKED.get(name, float(w)):g}", rates_of(runs), seeds_of(table.figures, name),
                              *pairs([run["scores"][w] for run in runs])]) for w in (runs[0]["scores"] if runs else ())]
@@ -114,7 +133,7 @@ def page(table):
         return [100 - run["scores"]["1"][STEPS.index(steps)][0] for run in found.get(name, [])]
     return "\n".join([*lines, *claims_table(CLAIMS, STEPS, table.figures, wrong,
                                             ", by the share that the classifier takes for another class, sampled "
-                                            "without guidance (shortcut-w2 has its own built in)")])
+                                            "without guidance (shortcut-w2 and trained-w2 have theirs built in)")])
 
 def main(argv=None):
     args = Experiment.flags("classes", __doc__, samples=500).parse_args(argv)

@@ -409,6 +409,10 @@ def pairs(scores):
     """The cells of scores of each seed as `QuickScore.of_file` gives them: in brackets the mean of the second value."""
     return [f"{cell([s for s, _ in at])} ({sum(c for _, c in at) / len(at):.3f})" for at in zip(*scores, strict=True)]
 
+def least_to_most(values):
+    """A cell of the least and the most of some whole numbers: one if they are equal, none if there are none."""
+    return " to ".join(dict.fromkeys(f"{most(values):,}" for most in (min, max) if values))
+
 def row(name, cells, *rest):
     """A line of Markdown."""
     return "| " + " | ".join([name, *cells, *rest]) + " |"

@@ -23,6 +23,7 @@ from common import (
     evaluations,
     file_name,
     heading,
+    least_to_most,
     pairs,
     plain_numbers,
     pyplot,
@@ -165,7 +166,7 @@ def page(args, figures):
     for images in sets:
         lines += ["", f"**{images}**", "", heading("", "seeds", *STEPS, "evaluations", "seconds")]
         lines += [row(name, [f"{len(runs)}", *pairs([run["last"] for run in runs])], f"{runs[0]['evaluations']:,.0f}",
-                      " to ".join(dict.fromkeys(f"{most(run['seconds'] for run in runs):,}" for most in (min, max))))
+                      least_to_most([run["seconds"] for run in runs]))
                   for (other, name), runs in found.items() if other == images]
         def values(row, steps):
             return [run["last"][STEPS.index(steps)][0] for run in figures.of_seeds(row)]

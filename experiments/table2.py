@@ -22,8 +22,10 @@ from common import (
     evaluations,
     fid_scores,
     heading,
+    least_to_most,
     rates_of,
     row,
+    seconds,
     seeds_of,
     verdict,
 )
@@ -41,6 +43,7 @@ METHODS = {                                                   # flags, and the r
     "dsdgl-average": (STEADIED, 3e-4),
     "shortcut": (["--schedule", "shortcut"], None),
     "shortcut-tuned": (["--schedule", "shortcut"], 1e-3),
+    "shortcut-middle": (["--schedule", "shortcut", "--updates", "300", "--pool", "375"], None),
     "shortcut-brief": (BRIEF, None),
     "shortcut-brief-tuned": (BRIEF, 1e-3),
     # Of about as many evaluations as shortcut, 10^5.
@@ -67,6 +70,8 @@ CLAIMS = {
     "shortcut-brief beats PD": (f"shortcut-brief, {OWN}", f"pd, {OWN}"),
     "shortcut-brief-tuned beats dsdgl-average": (f"shortcut-brief-tuned, {OWN}", f"dsdgl-average, {OWN}"),
     "shortcut-brief-tuned beats PD": (f"shortcut-brief-tuned, {OWN}", f"pd, {OWN}"),
+    "shortcut-middle, of 3·10^4, beats dsdgl-average": (f"shortcut-middle, {OWN}", f"dsdgl-average, {OWN}"),
+    "shortcut-middle beats PD": (f"shortcut-middle, {OWN}", f"pd, {OWN}"),
     "shortcut-tuned beats shortcut": (f"shortcut-tuned, {OWN}", f"shortcut, {OWN}"),
     "shortcut beats dsdgl-average-long, of 10^5": (f"shortcut, {OWN}", f"dsdgl-average-long, {OWN}"),
     "shortcut beats PD-long": (f"shortcut, {OWN}", f"pd-long, {OWN}"),
@@ -102,7 +107,8 @@ def make(table):
     table.tell_time(table.jobs({undistilled: ((), scoring, looks)} | {
         figure: ((name,), scoring, looks) for figure, (name, *_) in finals(table.args).items()}))
     def of_run(name, lr, seed):
-        return scored(table, table.run(name, lr, seed), lr=lr)
+        ckpt, batch = table.run(name, lr, seed), distill.parse_args(METHODS[name][0]).batch
+        return scored(table, ckpt, lr=lr, seconds=round(seconds(ckpt.parent, batch)))
     table.made(undistilled, lambda: scored(table, table.base))
     rates = table.rates()
     for figure, (name, way, seed) in finals(table.args).items():
@@ -119,8 +125,9 @@ def page(table):
     """The page in Markdown."""
     lines = [f"`python experiments/table2.py --data …`: {table.figures}; [on what]({ABOUT[table.args.size]}). Means of "
              f"seeds of distillation, ± half their range; the base model is one. Own rates: chosen by the fidelity of "
-             f"a run of seed {table.CHOICE}, but for shortcut and shortcut-brief, which have the default. Evaluations: "
-             f"thousands of images through a network."]
+             f"a run of seed {table.CHOICE}, but for shortcut, shortcut-middle and shortcut-brief, which have the "
+             f"default. Evaluations: thousands of images through a network. Seconds, where they are known: "
+             f"of the updates, without own samples, least and most of the seeds, beside other programs."]
     return "\n".join([*lines, *(line for source in table.figures.sources()
                                 for line in tables(table.figures.of_source(source)))])
 
@@ -128,20 +135,22 @@ def tables(figures):
     """Lines of Markdown: the tables and the claims of the figures of one `source`."""
     rows = ["undistilled", *(f"{name}, {way}" for way in (OWN, SAME) for name in METHODS)]
     found = {name: runs for name in rows if (runs := figures.of_seeds(name))}
-    first = found["undistilled"][0]
+    first, timed = found["undistilled"][0], any("seconds" in run for runs in found.values() for run in runs)
     def values(name, steps, metric):
         return [run["scores"][str(steps)][metric] for run in found.get(name, [])]
     def about(name, runs):
         if name == "undistilled":
-            return "", "", ""
+            return [""] * (3 + timed)
         flags, _ = METHODS[name.split(",")[0]]
         cost = evaluations(distill.parse_args(flags))
-        return rates_of(runs), seeds_of(figures, name), f"{cost / 1000:.1f}"
+        took = least_to_most([run["seconds"] for run in runs if "seconds" in run])
+        return rates_of(runs), seeds_of(figures, name), f"{cost / 1000:.1f}", *[took] * timed
     by = f"By `fid.py --weights {figures.source[:-2]}`. " if figures.source else ""
     lines = ["", f"{by}Contrast of the real images: {first['contrast']:.3f}."]
     metrics = [m for m in first["scores"]["1"] if not any(part in m for part in ("std", "KID", "fidelity"))]
+    head = heading("method", "rate", "seeds", "evaluations", *["seconds"] * timed, *STEPS)
     for metric in metrics:
-        lines += ["", f"**{metric}** at N steps", "", heading("method", "rate", "seeds", "evaluations", *STEPS)]
+        lines += ["", f"**{metric}** at N steps", "", head]
         lines += [row(name, [*about(name, runs), *(cell(values(name, s, metric)) for s in STEPS)])
                   for name, runs in found.items()]
     sharp = [verdict([first["contrast"]] * 2, values(f"dsdgexp, {OWN}", s, "contrast")) for s in STEPS]

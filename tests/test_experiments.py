@@ -68,6 +68,8 @@ def test_table2(place, tmp_path, monkeypatch, capsys):
     at_two = [figures[f"dsdi, own rate, seed {seed}"]["scores"]["2"]["quick score"] for seed in (0, 1)]
     found = cells(page, "dsdi, own rate")
     assert found[1] == "2" and found[-1].startswith(f"{sum(at_two) / 2:.3g} ± ")
+    assert found[3] == common.least_to_most([figures[f"dsdi, own rate, seed {seed}"]["seconds"] for seed in (0, 1)])
+    assert [common.least_to_most(v) for v in ([1200, 3], [5, 5], [])] == ["3 to 1,200", "5", ""]
     with pytest.raises(SystemExit, match="has other figures"):           # other samples do not go into the same file
         table2.main([*place, "--seeds", "-n", "9"])
     with pytest.raises(SystemExit, match="figures of another base model"):     # none is trained first: that would fail
@@ -96,14 +98,19 @@ def test_classes(place, tmp_path, monkeypatch, capsys):
     methods = {"dsdi": (["--schedule", "dsdi", "--updates", "3", *P], 1e-3),
                "shortcut-w2": (["--schedule", "shortcut", "--guidance", "2", "2", "--updates", "2", "--pool", "8", *P],
                                None)}
+    jumps = ["--classes", *BASE, "--distill", "0.25", "--shortcut"]
     for name, value in (("BASE", ["--classes", *BASE]), ("METHODS", methods), ("STEPS", (1, 2)),
-                        ("CLASSIFIER", dict(updates=60, batch=64, unseen=200))):
+                        ("CLASSIFIER", dict(updates=60, batch=64, unseen=200)),
+                        ("TRAINED", {"trained-w2": [*jumps, "--guidance", "2"]})):
         monkeypatch.setattr(classes, name, value)
     monkeypatch.setattr("pictures.BuiltIn.__init__.__defaults__", (300,))
     figures, page = rehearse(classes, place[2:], tmp_path, monkeypatch, capsys)
     assert 30 < figures["classifier"] <= 100                  # by chance: 10
     assert figures["dsdi, seed 1"]["scores"].keys() == {"1", "2"}
-    assert figures["shortcut-w2, seed 1"]["scores"].keys() == {"1"}
+    for name in ("shortcut-w2", "trained-w2"):
+        assert figures[f"{name}, seed 1"]["scores"].keys() == {"1"}
+    trained = [load_checkpoint(tmp_path / "runs" / f"trained-w2-seed{seed}" / "ckpt.pt") for seed in (0, 1)]
+    assert [state["guidance"] for state in trained] == [2, 2] and not same(*(state["weights"] for state in trained))
     accuracies = [figures[f"shortcut-w2, seed {seed}"]["scores"]["1"][1][0] for seed in (0, 1)]
     assert cells(page, "shortcut-w2 | 2")[-1].startswith(f"{sum(accuracies) / 2:.3g} ± ")
 
