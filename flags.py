@@ -21,7 +21,7 @@ def at_least(low):
     """A type for argparse: whole numbers from `low` on."""
     return checked(int, lambda value: value >= low, f"a number from {low} on")
 
-seed = checked(int, lambda value: 0 <= value < 2 ** 62, "a number from 0 to 2^62")
+seed = checked(int, lambda value: 0 <= value <= 2 ** 62, "a number from 0 to 2^62")
 positive = checked(float, lambda value: 0 < value < math.inf, "a positive number")
 finite = checked(float, math.isfinite, "a finite number")
 fraction = checked(float, lambda value: 0 <= value < 1, "at least 0 and below 1")

@@ -1,7 +1,8 @@
 """The folder of a run: which run it belongs to, which files in it may be deleted, where a stopped run goes on.
 
     state = check_out(args)       # before any work: the checkpoint to go on from, or None; exits if a run is in the way
-    prepare_out(args, state)      # after all checks, before the first update: what is out of date goes
+    prepare_out(args, state)      # after all checks, before the first update: what is out of date of a resumed run goes
+    clear_out(out)                # after the first update of a new run: the old one goes, as the new one can be made
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import json
 import os
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +26,18 @@ RUN_FILES = re.compile(r"((ckpt|best)\.pt|log\.jsonl|curves\.png|samples-\d{6,}\
 @contextlib.contextmanager
 def open_log(out, tensorboard=False):
     """Yields what writes a line, {name: value} with the update as `step`, into OUT/log.jsonl, and into TensorBoard's
-    file if wanted, with the pictures. `out` None: nothing is written."""
-    board = contextlib.nullcontext()
-    if out and tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(out)
-    with open(out / "log.jsonl" if out else os.devnull, "a") as file, board:
+    file if wanted, with the pictures. `out` None: nothing is written. Before the first line no file is touched."""
+    path = out / "log.jsonl" if out else os.devnull
+    with contextlib.ExitStack() as opened:
+        @cache
+        def board():
+            from torch.utils.tensorboard import SummaryWriter
+            return opened.enter_context(SummaryWriter(out))
         def write(entry):
-            with naming(file.name):
-                print(json.dumps(entry), file=file, flush=True)
+            with naming(path), open(path, "a") as file:
+                print(json.dumps(entry), file=file)
             if out and tensorboard:
-                show(board, entry, out / f"samples-{entry['step']:06d}.png")
+                show(board(), entry, out / f"samples-{entry['step']:06d}.png")
         yield write
 
 def show(board, entry, picture):
@@ -94,21 +97,29 @@ def refuse_another_run(args, out):
         sys.exit(f"error: {out} holds a run already: {'--resume goes on, ' * goes_on}--overwrite deletes it, "
                  f"--out takes another")
 
-def prepare_out(args, state):
-    """Make OUT ready for the first update: an old run goes, after all checks, lest a typing error delete it.
+def remove(out, suffix=""):
+    """Delete the files of a run in OUT whose names end so."""
+    for f in out.iterdir():
+        if RUN_FILES.fullmatch(f.name) and f.name.endswith(suffix):
+            f.unlink()
 
-    With the state of a checkpoint: what a killed run logged after it goes, as that will be done again."""
+def clear_out(out):
+    """Delete the old run in OUT, and begin the log of the new one. Called after its first update, lest an error in
+    that, for want of memory say, leave neither."""
+    if out and not rank():
+        remove(out)
+        (out / "log.jsonl").touch()                           # for those who watch it
+
+def prepare_out(args, state):
+    """Make OUT ready for the first update. With the state of a checkpoint: what a killed run was writing goes, and what
+    it logged after the checkpoint, as that will be done again."""
     if rank():
         return
     out = Path(args.out)
     with claimed(out):
         if not state:                                         # one that came while data were packed, say
-            refuse_another_run(args, out)
-        for f in out.iterdir():                               # of a resumed run: what it was writing when it was killed
-            if RUN_FILES.fullmatch(f.name) and (not state or f.suffix == ".tmp"):
-                f.unlink()
-        if not state:
-            return
+            return refuse_another_run(args, out)
+        remove(out, ".tmp")
         step, done = state["step"], hooks_are_done(state, out)
         kept = [e for e in read_log(out) if e["step"] < step or (e["step"] == step and (done or "loss" in e))]
         with whole_file(out / "log.jsonl") as tmp:

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import claimed, save_checkpoint
 from ddim import SCHEDULES, Denoiser
-from rundir import hooks_are_done, open_log
+from rundir import clear_out, hooks_are_done, open_log
 from runtime import (
     all_gather,
     autocast,
@@ -178,6 +178,8 @@ class Trainer:
             while self.step < a.updates and not stop:
                 lr = learning_rate(a, self.step)
                 yield self.step                               # here the loop's body runs
+                if self.step == first and not self.resumed:
+                    clear_out(self.out)
                 self.step += 1
                 bar.update()
                 stop, count, now = ranks() == 1 and bool(stopped), len(self.pending), time.perf_counter()

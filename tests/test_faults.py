@@ -553,8 +553,9 @@ def test_compile_without_a_compiler_is_one_line(small_run, tmp_path):
 
 def test_a_seed_that_no_generator_takes(capsys):
     with pytest.raises(SystemExit):
-        sample.main(["--seed", "9" * 20])
+        sample.main(["--seed", str(2 ** 62 + 1)])
     assert "is not a number from 0 to 2^62" in capsys.readouterr().err
+    assert sample.parse_args(["--seed", str(2 ** 62)]).seed == 2 ** 62
 
 def test_a_log_is_json_even_for_a_batch_of_one(ckpt, tmp_path):
     distill.main(["--ckpt", str(ckpt), "--steps", "4", "--updates", "4", "--batch", "1", "--log-every", "1",

@@ -258,6 +258,25 @@ def test_a_folder_with_a_run_is_only_touched_on_demand(small_run, tmp_path):
     train.main([*small_run, "--updates", "3", "--overwrite"])
     assert [e["step"] for e in log_of(tmp_path / "out")] == [1, 2, 3]
 
+def test_an_old_run_stays_until_the_new_one_has_made_an_update(small_run, tmp_path, monkeypatch):
+    out, flags = tmp_path / "out", ["--sample-every", "1", "--tensorboard", "--overwrite"]
+    def files():
+        return {f.name: f.read_bytes() for f in out.iterdir()}
+    train.main([*small_run, "--updates", "2", *flags])
+    (out / "best.pt").write_bytes(b"of another script")
+    before, loss = files(), train.training_loss
+    def too_big(*args):
+        raise torch.OutOfMemoryError("out of memory")
+    monkeypatch.setattr(train, "training_loss", too_big)
+    with pytest.raises((SystemExit, torch.OutOfMemoryError)):
+        train.main([*small_run, "--updates", "1", *flags])
+    assert files() == before
+    monkeypatch.setattr(train, "training_loss", loss)
+    train.main([*small_run, "--updates", "1", *flags])
+    after = files()
+    assert not {"best.pt", "samples-000002.png"} & after.keys() and [e["step"] for e in log_of(out)] == [1]
+    assert len([name for name in after if name.startswith("events")]) == 1
+
 def test_tensorboard_has_the_values_and_pictures_of_the_log(small_run, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     train.main([*small_run, "--updates", "4", "--sample-every", "2", "--tensorboard"])
