@@ -406,8 +406,8 @@ def cell(values):
     return f"{mean:.3g}" + (f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else "")
 
 def pairs(scores):
-    """The cells of scores of each seed as `QuickScore.of_file` gives them: in brackets the mean of the second value."""
-    return [f"{cell([s for s, _ in at])} ({sum(c for _, c in at) / len(at):.3f})" for at in zip(*scores, strict=True)]
+    """The cells of scores of each seed as `QuickScore.of_file` gives them: in brackets the second value."""
+    return ["{} ({})".format(*map(cell, zip(*at, strict=True))) for at in zip(*scores, strict=True)]
 
 def least_to_most(values):
     """A cell of the least and the most of some whole numbers: one if they are equal, none if there are none."""

@@ -5,9 +5,9 @@
     python experiments/settings.py --lab                               # in lab.py's plane: ten minutes
     python experiments/settings.py --seeds                             # only the page, of what the JSON has
 
-Fine-tuning has half as many updates as the default, on table2.py's model; its last row asks whether many updates and a
-high rate spoil it. Training is figure3.py's. Writes settings.md, settings-training.md or settings-lab.md, and .json, to
-out/table2 (--out docs: the pages of the docs). What the JSON has is not made again.
+Fine-tuning has half as many updates as the default, on a model like that of table2.py --size 16; its last row asks
+whether many updates and a high rate spoil it. Training is figure3.py's. Writes settings.md, settings-training.md or
+settings-lab.md, and .json, to out/table2-16 (--out docs: the pages of the docs). What the JSON has is not made again.
 """
 
 from functools import partial
@@ -149,7 +149,7 @@ def laboratory(seeds):
     return lab.page("`python experiments/settings.py --lab`", found)
 
 def main(argv=None):
-    p = Experiment.flags("table2", __doc__, samples=256)
+    p = Experiment.flags("table2-16", __doc__, samples=256)
     p.add_argument("--lab", action="store_true", help="in the laboratory instead, which has --seeds and --out only")
     p.add_argument("--training", action="store_true", help="of training instead of fine-tuning")
     args = p.parse_args(argv)

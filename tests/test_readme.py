@@ -52,7 +52,7 @@ def test_every_command_of_an_experiment_parses(script, flags, monkeypatch):
         importlib.import_module(script).main(shlex.split(flags))
 
 @pytest.mark.parametrize("name,flags", [
-    ("table2", []), ("table2-32", ["--size", "32"]), ("classes", []), ("claims", []), ("figure3", []), ("settings", []),
+    ("table2", []), ("table2-16", ["--size", "16"]), ("classes", []), ("claims", []), ("figure3", []), ("settings", []),
     ("settings-training", ["--training"]),
 ])
 def test_a_page_of_the_docs_is_what_its_figures_give(name, flags, tmp_path):
