@@ -124,9 +124,10 @@ def load_model(path, device="cpu", ema=True):
     return net.to(device, memory_format=memory_format(device)).eval().requires_grad_(False), state
 
 def trained_on(state):
-    """The data that a model comes from, as its training named it: dict(data, crop). A distilled one passes it on."""
+    """The data that a model comes from, as its training had it: dict(data, crop, flip). Distilled ones pass it on."""
     args = state.get("args", {})
-    return state.get("trained_on") or dict(data=args.get("data"), crop=args.get("crop"))
+    return dict(flip=args.get("flip", True)) | (
+        state.get("trained_on") or dict(data=args.get("data"), crop=args.get("crop")))
 
 def file_hash(path, digits=16):
     """The first digits of a file's SHA-256: which checkpoint an image or a score came from."""

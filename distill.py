@@ -51,6 +51,7 @@ def distillation_loss(xhat, z, t, t1, t2, y, w, target_model, teacher=None, targ
     y, w    class (B,) and guidance weight (B, 1, 1, 1), the same in all evaluations; None: no classes, no guidance
     target_model  the Denoiser that takes the second step: x̂_θ itself (DSD), a running average of it, or the teacher
     teacher       x̂_η of TSD and PD, which takes the first step, too; None: x̂_θ does
+    target        what x'' is, see ddim.ddim_target;  weight  the name of w, in ddim.WEIGHTS
     returns loss (scalar), and z_t'' (B, C, H, W), where a trajectory goes on: no gradient
 
         L = w(λ_t) ‖x' − x''‖²,   λ_t = log(α_t² / σ_t²)             ‖·‖² is the mean over pixels
@@ -201,8 +202,8 @@ def parse_args(argv=None):
     g.add_argument("--data", metavar="PATH",
                    help="folder, zip or LMDB that pd and --fid-every read (default: what the model was trained on), "
                         "and that shortcut learns from in place of its own samples, if given")
-    g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
-                   help="mirror half of it (default: on)")
+    g.add_argument("--flip", action=argparse.BooleanOptionalAction,
+                   help="mirror half of it (default: as the model was trained)")
     score_flags(p.add_argument_group("scores on the way"))
     g = p.add_argument_group("rarely changed")
     g.add_argument("--size", type=at_least(1), help="with --ldm: side of the images in pixels (default: 256)")
@@ -210,7 +211,7 @@ def parse_args(argv=None):
     p.set_defaults(times="uniform")                           # of shortcut's rows: the middle did no better
     args = parse_with_saved(p, argv, defaults, fixed=lambda args: {
         "schedule", "ckpt", "ldm", "size", "steps", "updates", "batch", "ema", "target_ema", "pool", "seed",
-        "for_steps"})
+        "for_steps", "guidance"})
     check(p, args)
     return args
 
@@ -276,7 +277,7 @@ def main(argv=None):
         return depth | guard(trainer)
     trainer.watch = watch
     loop_of(args.schedule)(trainer, depths, stream)
-    best, w = model_info["best"], model_info.get("guidance", 1)
+    best, w = model_info["best"], model_info["reference_guidance"]
     scores = f"--ldm {args.ldm} --data IMAGES " * bool(args.ldm) + f"--guidance {w:g} " * (w != 1)
     print(f"done: {trainer.ckpt} and {trainer.out}/samples-{trainer.step:06d}.png"
           + (f"; the best fidelity was that of update {best['step']}: {trainer.out}/best.pt"

@@ -361,8 +361,10 @@ def check_models(args):
     """Exit if one of --ckpt can't be scored, before hours are spent on the first."""
     for path in args.ckpt or []:
         _, state = load_sampler(path, args, torch.device("cpu"), "fp32")
-        if "ldm" in state and not (args.data or trained_on(state)["data"]):
-            sys.exit(f"error: {path} is one of LDM's models: the images to compare with have to be given, as --data")
+        named = trained_on(state)["data"] if "ldm" in state else state.keys() & {"args", "trained_on"}
+        if not (args.data or named):
+            sys.exit(f"error: {path} does not say on what it was trained: the images to compare with have to be given, "
+                     f"as --data")
 
 def compare_models(args, features, device):
     """Score every checkpoint at every step count: table.md and table.json in --out."""

@@ -119,8 +119,8 @@ def parse_with_saved(p, argv, defaults, fixed):
     if wrong := sorted(changed & fixed(args)):
         p.error(f"--resume can't change {', '.join('--' + name.replace('_', '-') for name in wrong)}: what the run has "
                 f"done until now depends on it")
-    harmless = {"cache", "dry_run", "sample_every", "save_every", "tensorboard", "fid_every", "fid_samples", "weights",
-                "guard", *(["updates"] if stays else [])}
+    harmless = {"cache", "dry_run", "sample_every", "sample_steps", "save_every", "tensorboard", "fid_every",
+                "fid_samples", "weights", "guard", *(["updates"] if stays else [])}
     if changed := changed - harmless:
         print(f"resuming with another {', '.join(sorted(changed))}: "
               f"no longer the same as a run that was never interrupted")

@@ -2,7 +2,7 @@
 
     state = check_out(args)       # before any work: the checkpoint to go on from, or None; exits if a run is in the way
     prepare_out(args, state)      # after all checks, before the first update: what is out of date of a resumed run goes
-    clear_out(out)                # after the first update of a new run: the old one goes, as the new one can be made
+    clear_out(out, drawn)         # after the first update of a new run: the old one goes, as the new one can be made
 """
 
 import contextlib
@@ -19,9 +19,9 @@ from PIL import Image
 from checkpoint import claimed, load_checkpoint, naming, whole_file
 from runtime import rank, ranks
 
-# What this project writes into the folder of a run, by its exact names: nothing else is ever deleted.
+# What train.py and distill.py write into the folder of a run, by its exact names: nothing else is ever deleted.
 RUN_FILES = re.compile(r"((ckpt|best)\.pt|log\.jsonl|curves\.png|samples-\d{6,}\.png)(\.\d+\.tmp)?"
-                       r"|events\.out\.tfevents\.[\w.-]+")
+                       r"|pool-[0-9a-f]{12}\.(f16|part)|events\.out\.tfevents\.[\w.-]+")
 
 @contextlib.contextmanager
 def open_log(out, tensorboard=False):
@@ -84,7 +84,7 @@ def check_out(args, more="--updates N asks for more"):
     with claimed(out) if out.exists() and not rank() else contextlib.nullcontext():
         if args.resume:
             state = load_checkpoint(out / "ckpt.pt")
-            if state["step"] >= args.updates and hooks_are_done(state, out):
+            if state["step"] > args.updates or (state["step"] == args.updates and hooks_are_done(state, out)):
                 sys.exit(f"{out} is finished ({state['step']} updates); {more}")
         elif not rank():                                      # by now it may have begun to write
             refuse_another_run(args, out)
@@ -97,17 +97,17 @@ def refuse_another_run(args, out):
         sys.exit(f"error: {out} holds a run already: {'--resume goes on, ' * goes_on}--overwrite deletes it, "
                  f"--out takes another")
 
-def remove(out, suffix=""):
-    """Delete the files of a run in OUT whose names end so."""
+def remove(out, suffix="", but=None):
+    """Delete the files of a run in OUT whose names end so, `but` one."""
     for f in out.iterdir():
-        if RUN_FILES.fullmatch(f.name) and f.name.endswith(suffix):
+        if RUN_FILES.fullmatch(f.name) and f.name.endswith(suffix) and f != but:
             f.unlink()
 
-def clear_out(out):
-    """Delete the old run in OUT, and begin the log of the new one. Called after its first update, lest an error in
-    that, for want of memory say, leave neither."""
+def clear_out(out, drawn=None):
+    """Delete the old run in OUT, and begin the log of the new one, which has `drawn` this file. Called after its first
+    update, lest an error in that, for want of memory say, leave neither."""
     if out and not rank():
-        remove(out)
+        remove(out, but=drawn)
         (out / "log.jsonl").touch()                           # for those who watch it
 
 def prepare_out(args, state):

@@ -160,7 +160,8 @@ def log_stderr(text):
         print(text, file=sys.stderr)
 
 def launch(main):
-    """Run a script's main. Under torchrun only rank 0 prints; an error that all ranks meet is told once, by rank 0."""
+    """Run a script's main. Under torchrun only rank 0 prints; an error that all ranks meet is told once, by rank 0
+    (but what argparse refuses, by each)."""
     other, code = int(os.environ.get("RANK", 0)) > 0, 0
     sys.argv[1:] = [re.sub(r"^(--[\w-]+=)?~(?=/)", lambda m: (m[1] or "") + os.path.expanduser("~"), arg)
                     for arg in sys.argv[1:]]                  # of --out=~/runs the shell leaves it as it is

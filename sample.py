@@ -328,7 +328,7 @@ def grid_name(args):
 
 def describe_history(state):
     """What was done to a distilled model, as the end of a sentence; nothing for one that was only trained."""
-    runs = [h["how"] + (f", {h['updates']:,} updates" if "updates" in h else "")
+    runs = [h["how"] + (f", {h['updates']:,} updates" if h.get("updates") else "")
             + (f" from {h['steps']} steps" if "steps" in h else "") for h in state.get("history", [])]
     return f" (the model: {'; then '.join(runs)})" if runs else ""
 

@@ -25,7 +25,6 @@ Relatives: shortcut models (Frans et al. 2024), whose loss this is, but for the 
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +57,7 @@ def shortcut_loss(xhat, average, x, eps, t, d, y, jumps, rest, anchor=None, w=1.
     def rows(which):
         return [value if value is None else value[which] for value in (z, t, y, a, s)]
     if anchor:
-        target[rest] = ordinary_v(anchor, *rows(rest))
+        target[rest] = anchor_target(anchor, *rows(rest))
     if len(jumps):
         target[jumps] = shortcut_target(average, *rows(jumps), d[jumps], w)
     error = (v - target).square()
@@ -66,9 +65,9 @@ def shortcut_loss(xhat, average, x, eps, t, d, y, jumps, rest, anchor=None, w=1.
     return error.mean() + (weight - 1) * jumped, {"v": error.mean() - jumped, "jump": jumped}
 
 @torch.no_grad()
-def ordinary_v(xhat, z, t, y, a, s):
-    """v̂ (B, C, H, W) of a denoiser that is told no step length."""
-    return to_v(xhat, xhat.output(z, t, y), z, a, s)
+def anchor_target(anchor, z, t, y, a, s):
+    """v̂ (B, C, H, W) of the undistilled model at d = 0: the target of the rows that do not jump."""
+    return to_v(anchor, anchor.output(z, t, y), z, a, s)
 
 @torch.no_grad()
 def shortcut_target(average, z, t, y, a, s, d, w=1.0):
@@ -99,7 +98,10 @@ def kinds_of_rows(trainer, b):
     return jump.to(device), parts
 
 def shortcut(trainer, stream, b, anchor=None, w=1.0, weight=1.0, start=0):
-    """The loss on batch after batch of a stream of (x, y), this rank's rows of each; jumps from update `start` on."""
+    """The loss on batch after batch of a stream of (x, y), this rank's rows of each.
+
+    b      the share of the rows that jump, from update `start` on
+    anchor the undistilled network, or None;  w, weight  see `shortcut_loss`"""
     xhat, average = trainer.denoiser(), trainer.denoiser(trainer.target_net())
     anchor = anchor and trainer.denoiser(anchor)
     early, late = kinds_of_rows(trainer, 0), kinds_of_rows(trainer, b)
@@ -134,14 +136,11 @@ class OwnSamples(Images):
 
     def __init__(self, out, sampler, n, steps, batch, settings):
         digest = hashlib.sha256(json.dumps([settings, n, steps]).encode()).hexdigest()[:12]
-        path, shape = Path(out) / f"pool-{digest}.f16", (n, *sampler.shape)
-        for other in [] if rank() else Path(out).glob("pool-*"):
-            if re.fullmatch(r"pool-[0-9a-f]{12}\.(f16|part)", other.name) and other.stem != path.stem:
-                other.unlink()                                # what a run that was overwritten drew
-        if not broadcast(path.exists()):
-            self._draw(path, shape, sampler, steps, batch)
+        self.path, shape = Path(out) / f"pool-{digest}.f16", (n, *sampler.shape)
+        if not broadcast(self.path.exists()):
+            self._draw(self.path, shape, sampler, steps, batch)
         broadcast(None)                                       # rank 0 has written all of it
-        self.samples = mapped(path, np.float16, shape)
+        self.samples = mapped(self.path, np.float16, shape)
         labels = sampler.labels([self.FIRST + i for i in range(n)])
         self.labels = np.zeros(n, int) if labels is None else labels.cpu().numpy()
 

@@ -27,23 +27,30 @@ def reads_data(args):
 # What a distilled model has of its source:
 FROM_SOURCE = "schedule", "predicts", "shape", "classes", "guidance", "ldm", "autoencoder"
 
-def history(args, source):
-    """What was done to a model, one dict for each run: training, distillation, distillation of that …"""
+def history(args, source, resumed):
+    """What was done to a model, one dict for each run: training, distillation, distillation of that …
+
+    resumed  whether `source` is of the run itself, whose settings may have changed"""
     was = source.get("args", {})
     trained = dict(how="train --shortcut" if was.get("shortcut") else "train", updates=source.get("step"),
                    distill=was.get("distill"), data=was.get("data"))
+    *past, now = source["history"] if resumed else [*source.get("history", [trained]), dict(
+        how=args.schedule, ckpt=str(args.ckpt), hash=model_hash(source))]
     keep = ["updates", "batch", "steps", "lr", "ema", "target_ema", "seed"]
-    keep += ["share", "pool", "guidance"] if METHODS[args.schedule].shortcut else ["target", "weight"]
-    now = dict(how=args.schedule, ckpt=str(args.ckpt), hash=model_hash(source), lr_end=final_rate(args))
-    now |= {k: getattr(args, k) for k in keep}
-    return [*source.get("history", [trained]), now]
+    keep += ["share", "pool"] if METHODS[args.schedule].shortcut else ["target", "weight"]
+    keep += ["guidance"] * bool(source["config"]["classes"])
+    return [*past, now | {k: getattr(args, k) for k in keep} | dict(lr_end=final_rate(args))]
 
 def check_source(args, net, source, images):
-    """Exit if the model does not go with the flags: its defaults, its noise schedule, its classes."""
+    """Exit if the model does not go with the flags: its defaults, its guidance, its noise schedule, its classes."""
     if "ldm" in source and not args.ldm:
         sys.exit(f"error: {args.ckpt} is LDM's {source['ldm']}: give --ldm {source['ldm']}, which has other defaults")
     if net.config.step_length and not METHODS[args.schedule].shortcut:
         sys.exit(f"error: {args.ckpt} is told the length of its steps: only --schedule shortcut distils it further")
+    built_in = source.get("guidance", 1)
+    if METHODS[args.schedule].shortcut and built_in not in (1, args.guidance[0]):
+        sys.exit(f"error: guidance {built_in:g} is built into {args.ckpt}: distil it further with --guidance "
+                 f"{built_in:g} {built_in:g}")
     try:
         Denoiser.of(net, source).times(args.steps)
     except ValueError as e:
@@ -63,7 +70,9 @@ def own_samples(trainer):
     sampler.xhat.lengths = False                              # the ordinary denoiser
     what = [trainer.model_info["history"][-1]["hash"], a.seed, a.dtype]
     with nullcontext() if rank() else claimed(a.out):
-        return OwnSamples(a.out, sampler, a.pool, a.steps, a.batch, what)
+        pool = OwnSamples(a.out, sampler, a.pool, a.steps, a.batch, what)
+    trainer.drawn = pool.path
+    return pool
 
 def opened(args, state, device):
     """(net, source, model_info, images) of a run. Packs the images if need be; exits if model and flags do not fit.
@@ -73,11 +82,12 @@ def opened(args, state, device):
     model_info  what the run's checkpoints will say of the model"""
     path = Path(args.out) / "ckpt.pt" if state else args.ckpt
     net, source = load_any_model(path, device, name=args.ldm, size=args.size)
-    past = source["history"] if state else history(args, source)        # now: the file may be replaced meanwhile
+    past = history(args, source, resumed=bool(state))         # now: the file may be replaced meanwhile
     method, origin = METHODS[args.schedule], trained_on(source)
     data, images = args.data or origin["data"], None
+    args.flip = origin["flip"] if args.flip is None else args.flip
     if reads_data(args) or args.ldm:
-        origin["data"] = data
+        origin |= dict(data=data, flip=args.flip)
     if reads_data(args) or args.fid_every:
         if args.ldm and not data:
             sys.exit(f"error: nobody knows what LDM's {args.ldm} was trained on: give the images as --data")

@@ -58,6 +58,7 @@ def training_loss(xhat, x, t, eps, y, b, step=STEP):
 
     xhat  Denoiser of a v-prediction network;  x (B, C, H, W) data;  y (B,) labels or None
     t     (B,) times in (0, 1];  eps (B, C, H, W) noise ε ~ N(0, I);  b in [0, 1] is the paper's β, and α = 1 − b
+    step  the length of the two steps t − t' = t' − t'', shorter where t is less
     returns  loss (scalar), and its terms by name
 
         L = α ‖v̂_t − v_t‖² + β ‖x' − x''‖²,   v_t = α_t ε − σ_t x              (Eq. 1)
@@ -153,7 +154,7 @@ def parse_args(argv=None):
     def defaults(given):                                      # jumps want a falling rate, at every step count
         return dict(out="out/train") | PRESETS[given.preset] | (dict(lr_share=0.01) if given.shortcut else {})
     args = parse_with_saved(p, argv, defaults, fixed=lambda args: {         # jumps begin halfway, and need an average
-        "preset", "shortcut", *(("updates", "ema", "target_ema") if args.shortcut else ())})
+        "preset", "shortcut", "guidance", *(("updates", "ema", "target_ema") if args.shortcut else ())})
     if not 0 <= args.distill <= 1:
         p.error("--distill must be between 0 and 1: it is b in Equation 1")
     if args.shortcut and not 0 < args.distill < 0.5:
@@ -184,7 +185,8 @@ def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     args.dtype = pick_dtype(args.dtype, device)
-    state, config = check_out(args), make_config(args)
+    state = check_out(args, *["distil it further: python distill.py --schedule shortcut"] * args.shortcut)
+    config = make_config(args)
     images = load_data(args.data, args.size, args.crop, args.cache)
     if args.classes and not images.classes:
         sys.exit(f"error: --classes needs labels, and {args.data} has none (of sub-folders, or a dataset.json)")

@@ -55,6 +55,7 @@ class Trainer:
     hooks        pairs (N, hook): hook(trainer) is called every N updates and after the last; returns dicts to log
     watch        None, or called before each line of the log: watch(trainer) returns more to log
     lost         what `watch` says of a run that must not go on, in words: it ends after that line
+    drawn        a file in its folder that the run needs from before its first update
     extra_state  further networks that a resumed run needs, by name: see `second_net`
     carried      tensors with a row for each image that the loop carries from one update to the next, by name"""
 
@@ -71,7 +72,7 @@ class Trainer:
         self.step, self.hooks, self.watch = 0, hooks, None
         self.extra_state, self.carried, self.resumed = {}, {}, None
         self.compiled, self.values, self.pending, self.interruptible = {}, [], [], False
-        self.told, self.lost = False, ""
+        self.told, self.lost, self.drawn = False, "", None
         self.random = torch.Generator(device).manual_seed(args.seed)     # alike on all ranks, see `rand`
         torch.manual_seed(args.seed + rank())                            # for dropout, the only other user of chance
         self.chance = torch.cuda if device.type == "cuda" else torch
@@ -179,7 +180,7 @@ class Trainer:
                 lr = learning_rate(a, self.step)
                 yield self.step                               # here the loop's body runs
                 if self.step == first and not self.resumed:
-                    clear_out(self.out)
+                    clear_out(self.out, self.drawn)
                 self.step += 1
                 bar.update()
                 stop, count, now = ranks() == 1 and bool(stopped), len(self.pending), time.perf_counter()

@@ -23,7 +23,7 @@ from runtime import progress
 
 STEPS = 1, 2, 4, 8, 16
 BASE = ["--classes", "--updates", "3000", "--lr-end", "1e-5", "--sample-every", "0"]
-JUMPS = [*BASE, "--updates", "2680", "--distill", "0.25", "--shortcut"]          # in the time of the base
+JUMPS = [*BASE, "--updates", "2680", "--distill", "0.25", "--shortcut"]          # for as long as the base
 P = ["--updates", "128", "--batch", "32"]
 METHODS = {                                                   # flags, and the rate to begin the search at
     "pd": (["--schedule", "pd", *P], 3e-4),

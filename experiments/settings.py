@@ -132,7 +132,7 @@ def training(args):
 
 def in_the_lab(net, mixture, seed, levels=shortcut.LEVELS, **changed):
     """`lab.distances` of a network that was fine-tuned with some settings changed."""
-    with mock.patch("shortcut.LEVELS", levels):
+    with mock.patch("shortcut.LEVELS", levels), mock.patch("ddim.SHORTEST", 0.5 ** (levels - 1)):
         student = lab.in_the_lab(net, mixture, "shortcut", seed=seed, **lab.SETTINGS["shortcut"] | changed)
         return lab.distances(student, mixture)
 

@@ -393,6 +393,38 @@ def test_a_conditional_model_is_distilled_with_guidance(tmp_path):
     state = load_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert state["classes"] == ["a", "b"] and 1 <= state["carried"]["w"].max() <= 2
 
+def test_guidance_stays_what_it_was_when_a_run_began(tmp_path, capsys):
+    """The reference of all looks was drawn with it. The command that is told for scores compares at the same."""
+    torch.manual_seed(0)
+    ckpt = write_ckpt(UNet(UNetConfig(**TINY, classes=2)), tmp_path / "c" / "ckpt.pt", ["a", "b"])
+    distill.main([*flags(ckpt, tmp_path / "out", updates=3, lr=1e-9), "--guidance", "1", "3"])
+    assert f"fid.py --guidance 2 --ckpt {ckpt} {tmp_path}/out/ckpt.pt" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["history"][-1]["guidance"] == [1, 3]
+    with pytest.raises(SystemExit):
+        distill.main(["--resume", "--out", str(tmp_path / "out"), "--guidance", "1", "1"])
+    assert "--resume can't change --guidance" in capsys.readouterr().err
+
+def test_the_history_has_the_settings_with_which_a_run_ended(ckpt, tmp_path):
+    distill.main([*flags(ckpt, tmp_path / "out", lr_end=1e-5, updates=6, save_every=3), "--schedule", "dsdn"])
+    state = load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    save_checkpoint(tmp_path / "out" / "ckpt.pt", state | dict(step=5))
+    distill.main(["--resume", "--out", str(tmp_path / "out"), "--lr", "2e-4"])
+    again = load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    assert again["history"] == [state["history"][0], state["history"][1] | dict(lr=2e-4)]
+
+def test_data_are_mirrored_as_in_training_unless_asked(ckpt, tmp_path, monkeypatch):
+    asked, real = [], distill.batches
+    monkeypatch.setattr(distill, "batches", lambda data, args, *rest: (
+        asked.append(args.flip), real(data, args, *rest))[1])
+    more = ["--schedule", "pd", "--data", labelled_images(tmp_path / "data"), "--cache", str(tmp_path / "cache")]
+    state = load_checkpoint(ckpt)
+    never = tmp_path / "never.pt"
+    save_checkpoint(never, state | dict(args=state["args"] | dict(flip=False)))
+    for source, out, flag in ((ckpt, "a", []), (never, "b", []), (tmp_path / "b" / "ckpt.pt", "c", []),
+                              (never, "d", ["--flip"])):
+        distill.main([*flags(source, tmp_path / out, updates=1, steps=2), *more, *flag])
+    assert asked == [True, False, False, True]
+
 def test_guidance_of_one_costs_no_second_evaluation(tmp_path, monkeypatch):
     """And is what another weight of nearly 1 does, at twice the rows."""
     torch.manual_seed(0)

@@ -278,6 +278,39 @@ def test_the_guidance_that_is_asked_for_is_what_both_trainings_learn(small_run, 
         assert same(first["weights"], again["weights"]) and not same(first["weights"], other["weights"])
         assert (first["guidance"], other["guidance"]) == (2, 3)
 
+def test_guidance_that_is_built_in_is_not_built_over(small_run, tmp_path, capsys):
+    """Samples of the source would be compared with others; and --resume keeps it, too."""
+    flags = [*small_run, "--distill", "0.25", "--shortcut", "--classes", "--guidance", "2", "--updates", "2"]
+    train.main(flags)
+    with pytest.raises(SystemExit, match=r"guidance 2 is built into .*: distil it further with --guidance 2 2"):
+        distill.main(["--ckpt", str(tmp_path / "out"), "--schedule", "shortcut", "--guidance", "3", "3", "--out",
+                      str(tmp_path / "d"), "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "--out", str(tmp_path / "out"), "--guidance", "1"])
+    assert "--resume can't change --guidance" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="is finished .2 updates.; distil it further"):       # it can't have more
+        train.main(["--resume", "--out", str(tmp_path / "out")])
+
+def test_own_samples_of_an_old_run_stay_as_long_as_it_does(trained, tmp_path, monkeypatch):
+    flags = [*trained, "--updates", "1", "--pool", "4", "--overwrite", "--out", str(tmp_path / "out")]
+    def pools():
+        return {path.name for path in (tmp_path / "out").glob("pool-*")}
+    distill.main(flags)
+    old, loss = pools(), shortcut.shortcut_loss
+    def too_big(*args, **kw):
+        raise torch.OutOfMemoryError("out of memory")
+    monkeypatch.setattr(shortcut, "shortcut_loss", too_big)
+    with pytest.raises(torch.OutOfMemoryError):
+        distill.main([*flags, "--seed", "1"])
+    assert old < pools() and len(pools()) == 2
+    monkeypatch.setattr(shortcut, "shortcut_loss", loss)
+    distill.main([*flags, "--seed", "1"])
+    new = pools()
+    assert len(new) == 1 and new != old
+    distill.main(["--schedule", "dsdn", *flags[2:4], *flags[-3:], "--updates", "1", "--batch", "8", "--steps", "4",
+                  "--device", "cpu"])
+    assert not pools()                                        # another method needs none
+
 @pytest.mark.parametrize("extra", [[], ["--accumulate", "2"]])
 def test_fine_tuning_without_data(trained, tmp_path, extra, capsys):
     """The plain model takes the path on and learns to jump; it is the anchor, and its samples are the data."""

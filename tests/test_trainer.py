@@ -14,6 +14,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import distill
+import fid
 import sample
 import train
 import trainer
@@ -243,6 +244,11 @@ def test_a_model_without_a_run_is_not_resumed(small_run, tmp_path):
     sample.main(["--ckpt", str(ckpt), "--steps", "1", "-n", "1", "--device", "cpu"])
     with pytest.raises(SystemExit, match="a model without the settings of a run: it can't be resumed"):
         train.main(["--resume", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="does not say on what it was trained: .* --data"):
+        fid.main(["--ckpt", str(ckpt), "--steps", "1", "-n", "2", "--weights", "random", "--device", "cpu"])
+    distill.main(["--ckpt", str(ckpt), "--schedule", "dsdn", "--steps", "2", "--updates", "1", "--batch", "2",
+                  "--device", "cpu", "--out", str(tmp_path / "d")])
+    sample.main(["--ckpt", str(tmp_path / "d"), "--steps", "1", "-n", "1", "--device", "cpu"])      # tells its history
     save_checkpoint(ckpt, {k: state[k] for k in least[:-1]})
     with pytest.raises(SystemExit, match="is not a checkpoint of this project"):
         sample.main(["--ckpt", str(ckpt)])
@@ -257,6 +263,8 @@ def test_a_folder_with_a_run_is_only_touched_on_demand(small_run, tmp_path):
     assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
     train.main([*small_run, "--updates", "3", "--overwrite"])
     assert [e["step"] for e in log_of(tmp_path / "out")] == [1, 2, 3]
+    with pytest.raises(SystemExit, match="is finished .3 updates."):      # it can't have fewer
+        train.main(["--resume", "--updates", "2", "--out", str(tmp_path / "out")])
 
 def test_an_old_run_stays_until_the_new_one_has_made_an_update(small_run, tmp_path, monkeypatch):
     out, flags = tmp_path / "out", ["--sample-every", "1", "--tensorboard", "--overwrite"]
