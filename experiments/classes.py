@@ -2,6 +2,7 @@
 
     python experiments/classes.py              # writes out/classes/classes.md, .json and .png; 4 hours on an old core
     python experiments/classes.py --seeds 1    # of one seed; elsewhere with the same base model as --ckpt
+    python experiments/classes.py --methods trained-w1 trained-w2     # only the runs of these
 
 Trains a model of ten classes and distils it, guided; and trains others that learn to jump, with guidance or without.
 The score is the share of samples that a classifier takes for the class that was asked for; it learned from other
@@ -102,7 +103,7 @@ def training(name):
 
 def make(table):
     """All figures that are missing, and the picture."""
-    finals = {f"{name}, seed {seed}": (name, seed) for seed in table.args.seeds for name in (*METHODS, *TRAINED)}
+    finals = {f"{name}, seed {seed}": (name, seed) for seed in table.args.seeds for name in table.args.methods}
     scoring = 1.5 * table.args.n * sum(STEPS)                 # of the guided evaluations that `tell_time` counts
     table.tell_time(table.jobs({UNDISTILLED: ((), scoring, 0)} | {
         figure: ((name,) * (name in METHODS), scoring + training(name), 0) for figure, (name, _) in finals.items()}))
@@ -116,7 +117,8 @@ def make(table):
     rates = table.rates()
     for figure, (name, seed) in finals.items():
         table.made(figure, of_run, name, seed)
-    table.draw(rates, "--steps", *map(str, STEPS), "-n", "4", "--class", "star", "flower", "house", "face")
+    if rates:
+        table.draw(rates, "--steps", *map(str, STEPS), "-n", "4", "--class", "star", "flower", "house", "face")
 
 def page(table):
     """The table in Markdown."""
@@ -136,10 +138,13 @@ def page(table):
                                             "without guidance (shortcut-w2 and trained-w2 have theirs built in)")])
 
 def main(argv=None):
-    args = Experiment.flags("classes", __doc__, samples=500).parse_args(argv)
+    p = Experiment.flags("classes", __doc__, samples=500)
+    p.add_argument("--methods", nargs="+", choices=[*METHODS, *TRAINED], default=[*METHODS, *TRAINED], metavar="M",
+                   help="only the runs of these (default: all); the page has what is there")
+    args = p.parse_args(argv)
     if args.data:
         sys.exit("error: classes.py is about the built-in pictures: it takes no --data")
-    table = Experiment("classes", args, BASE, METHODS)
+    table = Experiment("classes", args, BASE, {m: METHODS[m] for m in args.methods if m in METHODS})
     table.sitting(make, page)
 
 if __name__ == "__main__":

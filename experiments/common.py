@@ -25,7 +25,7 @@ import inception
 import sample
 import scores
 import train
-from checkpoint import file_hash, load_checkpoint, load_model, trained_on, whole_file
+from checkpoint import file_hash, load_checkpoint, load_model, whole_file
 from data import load_data, locked, to_tensor
 from flags import checkpoint
 from model import UNet
@@ -265,10 +265,9 @@ class Experiment:
 
     @cached_property
     def quick(self):
-        """The quick score against what the base model was trained on."""
-        state = load_checkpoint(self.base)
-        origin = trained_on(state)
-        return QuickScore(self.args.data or origin["data"], state["shape"][1], origin["crop"], self.args.n)
+        """The quick score against what the base model is trained on."""
+        args = train.parse_args(self.base_flags)
+        return QuickScore(args.data, args.size, args.crop, self.args.n)
 
     def quick_scores(self, ckpt, steps):
         """[[score, contrast] at each of `steps`] of a checkpoint."""

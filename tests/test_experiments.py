@@ -53,7 +53,7 @@ def cells(page, start):
 
 def test_table2(place, tmp_path, monkeypatch, capsys):
     methods = {name: (["--schedule", name, "--updates", "3", *P], 1e-3) for name in ("tsd", "dsdi")}
-    for name, value in (("BASE", BASE), ("SIZES", {16: ["--size", "8"]}), ("METHODS", methods), ("STEPS", (1, 2))):
+    for name, value in (("BASE", BASE), ("SIZES", {32: ["--size", "8"]}), ("METHODS", methods), ("STEPS", (1, 2))):
         monkeypatch.setattr(table2, name, value)
     table2.main([*place, "--methods", "dsdi"])                # a first sitting: the picture has what is there
     before = Image.open(tmp_path / "table2.png").width
@@ -75,13 +75,13 @@ def test_table2(place, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="figures of another base model"):     # none is trained first: that would fail
         table2.main([*place, "--seeds", "5", "--runs", str(tmp_path / "elsewhere")])
     small = str(tmp_path / "runs" / "undistilled" / "ckpt.pt")
-    monkeypatch.setattr(table2, "SIZES", {16: ["--size", "16"]})
+    monkeypatch.setattr(table2, "SIZES", {32: ["--size", "16"]})
     with pytest.raises(SystemExit, match="draws images of 8x8, and these figures are of 16x16"):
         table2.main([*place, "--ckpt", small, "--out", str(tmp_path / "other")])
 
 def test_table2_by_fid(place, tmp_path, monkeypatch, capsys):
     methods = {"dsdi": (["--schedule", "dsdi", "--updates", "3", *P], None)}     # no search: at the default rate
-    for name, value in (("BASE", BASE), ("SIZES", {16: ["--size", "8"]}), ("METHODS", methods), ("STEPS", (1, 2)),
+    for name, value in (("BASE", BASE), ("SIZES", {32: ["--size", "8"]}), ("METHODS", methods), ("STEPS", (1, 2)),
                         ("PAPERS", ())):
         monkeypatch.setattr(table2, name, value)
     table2.main(place)
@@ -104,6 +104,7 @@ def test_classes(place, tmp_path, monkeypatch, capsys):
                         ("TRAINED", {"trained-w2": [*jumps, "--guidance", "2"]})):
         monkeypatch.setattr(classes, name, value)
     monkeypatch.setattr("pictures.BuiltIn.__init__.__defaults__", (300,))
+    classes.main([*place[2:], "--methods", "trained-w2"])     # a first sitting
     figures, page = rehearse(classes, place[2:], tmp_path, monkeypatch, capsys)
     assert 30 < figures["classifier"] <= 100                  # by chance: 10
     assert figures["dsdi, seed 1"]["scores"].keys() == {"1", "2"}
