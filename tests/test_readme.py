@@ -77,9 +77,12 @@ def test_the_file_map_names_every_file_and_no_other():
     assert named == {p.name for p in ROOT.glob("*.py")}
 
 def test_what_the_pages_name_in_a_file_is_there():
-    """`file.py`: `name`, `other` in a table means that the file defines them."""
+    """`file.py`: `name`, `other` in a table means that the file defines them; so does the README's map of files."""
+    mapped = re.findall(r"^\| `(\w+\.py)` \|[^|]*\|(.*)\|$", README, re.M)
+    assert len(mapped) == len(list(ROOT.glob("*.py"))) and sum("`" in names for _, names in mapped) > 6
     for page in PAGES:
-        for file, names in re.findall(r"`(\w+\.py)`: ([^|;]*)", page.read_text()):
+        found = re.findall(r"`(\w+\.py)`: ([^|;]*)", page.read_text())
+        for file, names in found + mapped:
             source = (ROOT / file).read_text()
             for name in re.findall(r"`(\w+)", names):
                 assert re.search(rf"^ *(def|class) {name}\b|^{name}\b.* =", source, re.M), (page, name)
