@@ -63,15 +63,13 @@ def make(table):
     """All figures that are missing."""
     runs, scoring = {name: [name] for name in METHODS} | ORDERS, table.args.n * sum(STEPS)
     finals = {f"{name}, seed {seed}": (name, seed) for seed in table.args.seeds for name in runs}
-    table.tell_time(table.jobs({figure: (runs[name], scoring, 0) for figure, (name, _) in finals.items()}))
-    def of_run(name, seed):
+    def of_run(rates, name, seed):
         stages = [(method, rates[method]) for method in runs[name]]
         place = f"{name}-seed{seed}-{'-'.join(f'{lr:g}' for _, lr in stages)}"
         return dict(lr=[lr for _, lr in stages], scores=table.last_scores(table.distilled(place, seed, *stages), STEPS))
-    table.made(UNDISTILLED, lambda: dict(scores=table.quick_scores(table.base, STEPS)))
-    rates = table.rates()
-    for figure, (name, seed) in finals.items():
-        table.made(figure, of_run, name, seed)
+    costs = {figure: (runs[name], scoring, 0) for figure, (name, _) in finals.items()}
+    undistilled = UNDISTILLED, lambda: dict(scores=table.quick_scores(table.base, STEPS))
+    table.gather(finals, costs, undistilled, of_run)
 
 def page(table):
     """The table in Markdown, and the picture: scores against updates at each step count."""

@@ -105,19 +105,16 @@ def make(table):
     """All figures that are missing, and the picture."""
     finals = {f"{name}, seed {seed}": (name, seed) for seed in table.args.seeds for name in table.args.methods}
     scoring = 1.5 * table.args.n * sum(STEPS)                 # of the guided evaluations that `tell_time` counts
-    table.tell_time(table.jobs({UNDISTILLED: ((), scoring, 0)} | {
-        figure: ((name,) * (name in METHODS), scoring + training(name), 0) for figure, (name, _) in finals.items()}))
-    def of_run(name, seed):
+    costs = {UNDISTILLED: ((), scoring, 0)} | {
+        figure: ((name,) * (name in METHODS), scoring + training(name), 0) for figure, (name, _) in finals.items()}
+    def of_run(rates, name, seed):
         if name in TRAINED:
             out = table.runs / f"{name}-seed{seed}"
             to_the_end(train.main, out, [*TRAINED[name], "--seed", str(seed), "--device", table.args.device])
             return scored(table, out / "ckpt.pt", guidance(name))
         return scored(table, table.run(name, rates[name], seed), guidance(name), lr=rates[name])
-    table.made(UNDISTILLED, lambda: scored(table, table.base, GUIDANCE))
-    rates = table.rates()
-    for figure, (name, seed) in finals.items():
-        table.made(figure, of_run, name, seed)
-    if rates:
+    undistilled = UNDISTILLED, lambda: scored(table, table.base, GUIDANCE)
+    if rates := table.gather(finals, costs, undistilled, of_run):
         table.draw(rates, "--steps", *map(str, STEPS), "-n", "4", "--class", "star", "flower", "house", "face")
 
 def page(table):

@@ -292,6 +292,18 @@ class Experiment:
         return {name: climb(self.GRID, start, partial(found, name)) if start else distill.parse_args(flags).lr
                 for name, (flags, start) in self.methods.items()}
 
+    def gather(self, finals, costs, undistilled, of_run):
+        """Make all figures that are missing, after saying how long it takes. Returns {method: its rate}.
+
+        finals  {figure: of what it is};  of_run(rates, *of_what) makes one;  costs  as `jobs` has them
+        undistilled  a pair: the figure of the undistilled model, and what makes it"""
+        self.tell_time(self.jobs(costs))
+        self.made(*undistilled)
+        rates = self.rates()
+        for figure, of_what in finals.items():
+            self.made(figure, of_run, rates, *of_what)
+        return rates
+
     def jobs(self, finals):
         """{figure: (evaluations, images that fid.py looks at)} of the choice of rates, and of others.
 

@@ -82,13 +82,12 @@ def make(table):
     """All figures that are missing."""
     scoring = table.args.n * sum(STEPS)
     finals = {f"{name}, seed {seed}": (name, seed) for seed in table.args.seeds for name in METHODS}
-    table.tell_time(table.jobs({figure: ((name,), scoring, 0) for figure, (name, _) in finals.items()}))
-    table.made(UNDISTILLED, lambda: dict(scores=table.quick_scores(table.base, STEPS)))
-    def of_run(name, seed):
-        lr = distill.parse_args(METHODS[name][0]).lr
-        return dict(scores=table.last_scores(table.distilled(f"settings-seed{seed}/{name}", seed, (name, lr)), STEPS))
-    for figure, (name, seed) in finals.items():
-        table.made(figure, of_run, name, seed)
+    def of_run(rates, name, seed):
+        ckpt = table.distilled(f"settings-seed{seed}/{name}", seed, (name, rates[name]))
+        return dict(scores=table.last_scores(ckpt, STEPS))
+    costs = {figure: ((name,), scoring, 0) for figure, (name, _) in finals.items()}
+    undistilled = UNDISTILLED, lambda: dict(scores=table.quick_scores(table.base, STEPS))
+    table.gather(finals, costs, undistilled, of_run)
 
 def page(table):
     """The table in Markdown."""

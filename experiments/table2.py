@@ -107,15 +107,13 @@ def make(table):
     """All figures that are missing, and the picture."""
     scoring, looks = table.args.n * sum(STEPS), table.args.n * len(STEPS) * bool(table.args.weights)
     undistilled = source_of(table.args) + UNDISTILLED
-    table.tell_time(table.jobs({undistilled: ((), scoring, looks)} | {
-        figure: ((name,), scoring, looks) for figure, (name, *_) in finals(table.args).items()}))
-    def of_run(name, lr, seed):
-        ckpt, batch = table.run(name, lr, seed), distill.parse_args(METHODS[name][0]).batch
+    costs = {undistilled: ((), scoring, looks)} | {
+        figure: ((name,), scoring, looks) for figure, (name, *_) in finals(table.args).items()}
+    def of_run(rates, name, way, seed):
+        lr, batch = rates[name if way == OWN else "tsd"], distill.parse_args(METHODS[name][0]).batch
+        ckpt = table.run(name, lr, seed)
         return scored(table, ckpt, lr=lr, seconds=round(seconds(ckpt.parent, batch)))
-    table.made(undistilled, lambda: scored(table, table.base))
-    rates = table.rates()
-    for figure, (name, way, seed) in finals(table.args).items():
-        table.made(figure, of_run, name, rates[name if way == OWN else "tsd"], seed)
+    table.gather(finals(table.args), costs, (undistilled, lambda: scored(table, table.base)), of_run)
     table.draw(shown(table), "--steps", *map(str, STEPS), "-n", "2")
 
 def shown(table):
