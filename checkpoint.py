@@ -124,9 +124,12 @@ def load_model(path, device="cpu", ema=True):
     return net.to(device, memory_format=memory_format(device)).eval().requires_grad_(False), state
 
 def trained_on(state):
-    """The data that a model comes from, as its training had it: dict(data, crop, flip). Distilled ones pass it on."""
+    """The data that a model comes from, as its training had it: dict(data, crop, flip, known), which distilled models
+    pass on. `known`: whether the file says so; data None are then the built-in pictures.
+
+    An older distilled file has no flip and no `known`: its own run's flip stands for the former."""
     args = state.get("args", {})
-    return dict(flip=args.get("flip", True)) | (
+    return dict(flip=args.get("flip", True), known="args" in state and "ldm" not in state) | (
         state.get("trained_on") or dict(data=args.get("data"), crop=args.get("crop")))
 
 def file_hash(path, digits=16):

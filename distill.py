@@ -169,7 +169,8 @@ def parse_args(argv=None):
     g = p.add_argument_group("the method")
     g.add_argument("--schedule", choices=METHODS, default="dsdi",
                    help="the method (default: dsdi); default --lr of small models: "
-                        + ", ".join(f"{m} {r:g}" for m, r in RATES.items()))
+                        + ", ".join(f"{m} {r:g}" for m, r in RATES.items())
+                        + " (of shortcut with LDM's, too, where no rate of it was ever tried: begin far lower)")
     g.add_argument("--ckpt", type=checkpoint, default="out/train/ckpt.pt", metavar="FILE",
                    help="the model to distil, or its folder; from its averaged weights (default: %(default)s)")
     ldm_flag(g)
@@ -277,7 +278,7 @@ def main(argv=None):
         return depth | guard(trainer)
     trainer.watch = watch
     loop_of(args.schedule)(trainer, depths, stream)
-    best, w = model_info["best"], model_info["reference_guidance"]
+    best, w = model_info["best"], model_info.get("reference_guidance", 1)          # older runs have none
     scores = f"--ldm {args.ldm} --data IMAGES " * bool(args.ldm) + f"--guidance {w:g} " * (w != 1)
     print(f"done: {trainer.ckpt} and {trainer.out}/samples-{trainer.step:06d}.png"
           + (f"; the best fidelity was that of update {best['step']}: {trainer.out}/best.pt"

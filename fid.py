@@ -361,8 +361,8 @@ def check_models(args):
     """Exit if one of --ckpt can't be scored, before hours are spent on the first."""
     for path in args.ckpt or []:
         _, state = load_sampler(path, args, torch.device("cpu"), "fp32")
-        named = trained_on(state)["data"] if "ldm" in state else state.keys() & {"args", "trained_on"}
-        if not (args.data or named):
+        origin = trained_on(state)
+        if not (args.data or origin["data"] or origin["known"]):
             sys.exit(f"error: {path} does not say on what it was trained: the images to compare with have to be given, "
                      f"as --data")
 

@@ -34,6 +34,8 @@ def open_log(out, tensorboard=False):
             from torch.utils.tensorboard import SummaryWriter
             return opened.enter_context(SummaryWriter(out))
         def write(entry):
+            if out:
+                out.mkdir(exist_ok=True)                      # of a run whose folder was taken away
             with naming(path), open(path, "a") as file:
                 print(json.dumps(entry), file=file)
             if out and tensorboard:

@@ -48,7 +48,7 @@ def check_source(args, net, source, images):
     if net.config.step_length and not METHODS[args.schedule].shortcut:
         sys.exit(f"error: {args.ckpt} is told the length of its steps: only --schedule shortcut distils it further")
     built_in = source.get("guidance", 1)
-    if METHODS[args.schedule].shortcut and built_in not in (1, args.guidance[0]):
+    if built_in not in (1, args.guidance[0]):
         sys.exit(f"error: guidance {built_in:g} is built into {args.ckpt}: distil it further with --guidance "
                  f"{built_in:g} {built_in:g}")
     try:
@@ -87,10 +87,10 @@ def opened(args, state, device):
     data, images = args.data or origin["data"], None
     args.flip = origin["flip"] if args.flip is None else args.flip
     if reads_data(args) or args.ldm:
-        origin |= dict(data=data, flip=args.flip)
+        origin |= dict(data=data, flip=args.flip, known=bool(data) or origin["known"])
     if reads_data(args) or args.fid_every:
-        if args.ldm and not data:
-            sys.exit(f"error: nobody knows what LDM's {args.ldm} was trained on: give the images as --data")
+        if not (data or origin["known"]):
+            sys.exit(f"error: {path} does not say on what it was trained: give the images as --data")
         images = load_data(data, image_size(source), origin["crop"], args.cache)
         images.channels = image_channels(source)
     if method.shortcut and not net.config.step_length:

@@ -185,7 +185,8 @@ def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     args.dtype = pick_dtype(args.dtype, device)
-    state = check_out(args, *["distil it further: python distill.py --schedule shortcut"] * args.shortcut)
+    state = check_out(args, *[
+        f"distil it further: python distill.py --schedule shortcut --ckpt {args.out}/ckpt.pt"] * args.shortcut)
     config = make_config(args)
     images = load_data(args.data, args.size, args.crop, args.cache)
     if args.classes and not images.classes:

@@ -34,7 +34,7 @@ KINDS = {                                                     # flags, and for e
 }
 METHODS = {f"{kind}, P = {p}": ([*flags, "--updates", str(p), "--batch", "16"], lr)
            for kind, (flags, rates) in KINDS.items() for p, lr in rates.items()}
-# The runs of one method beside ORDERS at the other's rate: chosen by fidelity, theirs differ, and rate does much.
+# The runs of one method that ORDERS are compared with, at other rates too: rate does more than the order may.
 METHODS |= {f"{kind} at {lr}, P = {p}": (["--schedule", kind, "--updates", p, "--batch", "16", "--lr", lr], None)
             for kind, p, lr in (("pd", "256", "3e-4"), ("dsdi", "320", "3e-6"))}
 

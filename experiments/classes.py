@@ -1,6 +1,6 @@
 """Table 2's class-conditional half in small: built-in pictures, guidance, and a classifier in place of Inception Score.
 
-    python experiments/classes.py              # writes out/classes/classes.md, .json and .png; 4 hours on an old core
+    python experiments/classes.py              # writes out/classes/classes.md, .json and .png; 8 hours on an old core
     python experiments/classes.py --seeds 1    # of one seed; elsewhere with the same base model as --ckpt
     python experiments/classes.py --methods trained-w1 trained-w2     # only the runs of these
 
@@ -114,8 +114,8 @@ def make(table):
             return scored(table, out / "ckpt.pt", guidance(name))
         return scored(table, table.run(name, rates[name], seed), guidance(name), lr=rates[name])
     undistilled = UNDISTILLED, lambda: scored(table, table.base, GUIDANCE)
-    if rates := table.gather(finals, costs, undistilled, of_run):
-        table.draw(rates, "--steps", *map(str, STEPS), "-n", "4", "--class", "star", "flower", "house", "face")
+    if table.gather(finals, costs, undistilled, of_run):      # not after trainings alone, which need no base model
+        table.draw(METHODS, "", "--steps", *map(str, STEPS), "-n", "4", "--class", "star", "flower", "house", "face")
 
 def page(table):
     """The table in Markdown."""

@@ -25,7 +25,7 @@ import inception
 import sample
 import scores
 import train
-from checkpoint import file_hash, load_checkpoint, load_model, whole_file
+from checkpoint import file_hash, load_checkpoint, load_model, trained_on, whole_file
 from data import load_data, locked, to_tensor
 from flags import checkpoint
 from model import UNet
@@ -247,10 +247,14 @@ class Experiment:
         net, state = load_model(ckpt, self.device)
         return Sampler(net, state, self.device, pick_dtype("auto", self.device), range(net.config.classes) or None, w)
 
-    def draw(self, rates, *flags):
+    def draw(self, methods, way, *flags):
         """NAME.png by sample.py: a row for each step count, the models side by side in it, from the same noises.
 
-        None is drawn where a run of the first seed is not here: it was made elsewhere, or it fell apart."""
+        Of the runs of the first seed whose figures, "METHOD{way}, seed S", are made by now. None is drawn where one of
+        them is not here: it was made elsewhere."""
+        made = {figure.rpartition(": ")[2]: value for figure, value in self.figures.values.items()}
+        found = {name: made.get(f"{name}{way}, seed {self.args.seeds[0]}") for name in methods}
+        rates = {name: run["lr"] for name, run in found.items() if run}
         draw_if_here([self.folder(self.place(name, lr, self.args.seeds[0])) / "ckpt.pt" for name, lr in rates.items()],
                      [str(self.base)], flags, self.args.device, self.args.out / f"{self.name}.png")
 
@@ -266,8 +270,10 @@ class Experiment:
     @cached_property
     def quick(self):
         """The quick score against what the base model is trained on."""
-        args = train.parse_args(self.base_flags)
-        return QuickScore(args.data, args.size, args.crop, self.args.n)
+        origin = vars(train.parse_args(self.base_flags))
+        if self.args.ckpt:
+            origin |= trained_on(load_checkpoint(self.base))
+        return QuickScore(self.args.data or origin["data"], origin["size"], origin["crop"], self.args.n)
 
     def quick_scores(self, ckpt, steps):
         """[[score, contrast] at each of `steps`] of a checkpoint."""

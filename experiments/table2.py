@@ -114,13 +114,7 @@ def make(table):
         ckpt = table.run(name, lr, seed)
         return scored(table, ckpt, lr=lr, seconds=round(seconds(ckpt.parent, batch)))
     table.gather(finals(table.args), costs, (undistilled, lambda: scored(table, table.base)), of_run)
-    table.draw(shown(table), "--steps", *map(str, STEPS), "-n", "2")
-
-def shown(table):
-    """{method: its rate} of the first seed's runs at their own rates that are made by now, for the picture."""
-    done = {figure.rpartition(": ")[2]: value for figure, value in table.figures.values.items()}
-    found = {name: done.get(f"{name}, {OWN}, seed {table.args.seeds[0]}") for name in METHODS}
-    return {name: run["lr"] for name, run in found.items() if run}
+    table.draw(METHODS, f", {OWN}", "--steps", *map(str, STEPS), "-n", "2")
 
 def page(table):
     """The page in Markdown."""

@@ -411,6 +411,7 @@ def test_the_history_has_the_settings_with_which_a_run_ended(ckpt, tmp_path):
     distill.main(["--resume", "--out", str(tmp_path / "out"), "--lr", "2e-4"])
     again = load_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert again["history"] == [state["history"][0], state["history"][1] | dict(lr=2e-4)]
+    assert "guidance" not in again["history"][1]              # a model without classes has none
 
 def test_data_are_mirrored_as_in_training_unless_asked(ckpt, tmp_path, monkeypatch):
     asked, real = [], distill.batches
@@ -421,9 +422,9 @@ def test_data_are_mirrored_as_in_training_unless_asked(ckpt, tmp_path, monkeypat
     never = tmp_path / "never.pt"
     save_checkpoint(never, state | dict(args=state["args"] | dict(flip=False)))
     for source, out, flag in ((ckpt, "a", []), (never, "b", []), (tmp_path / "b" / "ckpt.pt", "c", []),
-                              (never, "d", ["--flip"])):
+                              (never, "d", ["--flip"]), (tmp_path / "d" / "ckpt.pt", "e", [])):
         distill.main([*flags(source, tmp_path / out, updates=1, steps=2), *more, *flag])
-    assert asked == [True, False, False, True]
+    assert asked == [True, False, False, True, True]
 
 def test_guidance_of_one_costs_no_second_evaluation(tmp_path, monkeypatch):
     """And is what another weight of nearly 1 does, at twice the rows."""

@@ -16,7 +16,9 @@ import torch
 from conftest import SMALL_RUN, labelled_images, same
 from PIL import Image
 
+import ddim
 import scores
+import shortcut
 import train
 from checkpoint import load_checkpoint
 
@@ -105,6 +107,11 @@ def test_classes(place, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(classes, name, value)
     monkeypatch.setattr("pictures.BuiltIn.__init__.__defaults__", (300,))
     classes.main([*place[2:], "--methods", "trained-w2"])     # a first sitting
+    assert not (tmp_path / "classes.png").exists()
+    classes.main(place[2:])
+    width = Image.open(tmp_path / "classes.png").width
+    classes.main([*place[2:], "--methods", "dsdi"])           # a sitting for some leaves the others in the picture
+    assert Image.open(tmp_path / "classes.png").width == width
     figures, page = rehearse(classes, place[2:], tmp_path, monkeypatch, capsys)
     assert 30 < figures["classifier"] <= 100                  # by chance: 10
     assert figures["dsdi, seed 1"]["scores"].keys() == {"1", "2"}
@@ -114,6 +121,18 @@ def test_classes(place, tmp_path, monkeypatch, capsys):
     assert [state["guidance"] for state in trained] == [2, 2] and not same(*(state["weights"] for state in trained))
     accuracies = [figures[f"shortcut-w2, seed {seed}"]["scores"]["1"][1][0] for seed in (0, 1)]
     assert cells(page, "shortcut-w2 | 2")[-1].startswith(f"{sum(accuracies) / 2:.3g} ± ")
+
+def test_a_base_model_that_is_given_is_scored_against_its_own_images(place, tmp_path, monkeypatch):
+    train.main([*BASE, *place[:2], "--crop", "0.5", "--out", str(tmp_path / "model")])
+    args, seen = common.Experiment.flags("x", "", 8).parse_args([*place[2:], "--ckpt", str(tmp_path / "model")]), []
+    monkeypatch.setattr(common, "QuickScore", lambda *asked: seen.append(asked))
+    common.Experiment("x", args, ["--size", "8"], {}).quick  # noqa: B018 (a property)
+    assert seen == [(place[1], 8, 0.5, 8)]
+
+def test_the_laboratory_samples_with_the_lengths_that_were_learned(monkeypatch):
+    monkeypatch.setattr(settings.lab, "in_the_lab", lambda *args, **changed: shortcut.LEVELS)
+    monkeypatch.setattr(settings.lab, "distances", lambda levels, mixture: (levels, ddim.SHORTEST))
+    assert settings.in_the_lab(None, None, 0, levels=5) == (5, 1 / 16)
 
 def test_claims(place, tmp_path, monkeypatch, capsys):
     methods = {f"{name}, P = {p}": (["--schedule", name, "--updates", str(p), *P], None)

@@ -297,7 +297,7 @@ def test_a_run_without_data_reads_none_when_resumed(ckpt, tmp_path, monkeypatch)
     distill.main(["--resume", "--out", str(tmp_path / "cut")])
     whole, cut = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
     assert same(whole["weights"], cut["weights"]) and cut["args"]["data"] is None
-    assert cut["trained_on"] == dict(data=str(tmp_path / "data"), crop=None, flip=True)         # for fid.py
+    assert cut["trained_on"] == dict(data=str(tmp_path / "data"), crop=None, flip=True, known=True)         # for fid.py
     cache = ["--cache", str(tmp_path / "cache")]
     fid.main(["--ckpt", str(tmp_path / "cut"), *QUICK, "--out", str(tmp_path / "f"), *cache])
 

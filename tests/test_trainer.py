@@ -249,6 +249,11 @@ def test_a_model_without_a_run_is_not_resumed(small_run, tmp_path):
     distill.main(["--ckpt", str(ckpt), "--schedule", "dsdn", "--steps", "2", "--updates", "1", "--batch", "2",
                   "--device", "cpu", "--out", str(tmp_path / "d")])
     sample.main(["--ckpt", str(tmp_path / "d"), "--steps", "1", "-n", "1", "--device", "cpu"])      # tells its history
+    with pytest.raises(SystemExit, match="does not say on what it was trained: .* --data"):       # nor does its heir
+        fid.main(["--ckpt", str(tmp_path / "d"), "--steps", "1", "-n", "2", "--weights", "random", "--device", "cpu"])
+    with pytest.raises(SystemExit, match="does not say on what it was trained: .* --data"):
+        distill.main(["--ckpt", str(ckpt), "--schedule", "pd", "--steps", "2", "--updates", "1", "--batch", "2",
+                      "--device", "cpu", "--out", str(tmp_path / "pd")])
     save_checkpoint(ckpt, {k: state[k] for k in least[:-1]})
     with pytest.raises(SystemExit, match="is not a checkpoint of this project"):
         sample.main(["--ckpt", str(ckpt)])
