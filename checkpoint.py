@@ -132,6 +132,13 @@ def trained_on(state):
     return dict(flip=args.get("flip", True), known="args" in state and "ldm" not in state) | (
         state.get("trained_on") or dict(data=args.get("data"), crop=args.get("crop")))
 
+def data_for(path, state, given):
+    """The data to read beside a model: `given`, or what it was trained on. Exits if its file does not name that."""
+    origin = trained_on(state)
+    if not (given or origin["data"] or origin["known"]):
+        sys.exit(f"error: {path} does not say on what it was trained: the images have to be given, as --data")
+    return given or origin["data"]
+
 def file_hash(path, digits=16):
     """The first digits of a file's SHA-256: which checkpoint an image or a score came from."""
     digest = hashlib.sha256()

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoint import check_writable, claimed, trained_on, whole_file
+from checkpoint import check_writable, claimed, data_for, trained_on, whole_file
 from data import DataError, eight_bits, load_data, open_source, to_pixels
 from flags import at_least, checkpoint, device_flags, finite, positive, seed
 from inception import load_features
@@ -204,8 +204,7 @@ def evaluate(args, path, features, device):
     """What `compare` gives for one checkpoint at each of --steps, from its cache where that is known: on rank 0."""
     sampler, state = load_sampler(path, args, device, pick_dtype(args.dtype, device))
     model = dict(hash=model_hash(state), weights="raw" if args.raw else "ema", dtype=sampler.dtype)
-    origin = trained_on(state)
-    images = load_data(args.data or origin["data"], image_size(state), origin["crop"], args.cache)
+    images = load_data(data_for(path, state, args.data), image_size(state), trained_on(state)["crop"], args.cache)
     images.channels = image_channels(state)
     count = args.real if args.real and args.real < len(images) else None
     def kept(steps):
@@ -361,10 +360,7 @@ def check_models(args):
     """Exit if one of --ckpt can't be scored, before hours are spent on the first."""
     for path in args.ckpt or []:
         _, state = load_sampler(path, args, torch.device("cpu"), "fp32")
-        origin = trained_on(state)
-        if not (args.data or origin["data"] or origin["known"]):
-            sys.exit(f"error: {path} does not say on what it was trained: the images to compare with have to be given, "
-                     f"as --data")
+        data_for(path, state, args.data)
 
 def compare_models(args, features, device):
     """Score every checkpoint at every step count: table.md and table.json in --out."""

@@ -8,7 +8,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from checkpoint import claimed, trained_on
+from checkpoint import claimed, data_for, trained_on
 from data import load_data
 from ddim import Denoiser
 from hooks import draw_shown, shown_guidance
@@ -89,9 +89,7 @@ def opened(args, state, device):
     if reads_data(args) or args.ldm:
         origin |= dict(data=data, flip=args.flip, known=bool(data) or origin["known"])
     if reads_data(args) or args.fid_every:
-        if not (data or origin["known"]):
-            sys.exit(f"error: {path} does not say on what it was trained: give the images as --data")
-        images = load_data(data, image_size(source), origin["crop"], args.cache)
+        images = load_data(data_for(path, source, args.data), image_size(source), origin["crop"], args.cache)
         images.channels = image_channels(source)
     if method.shortcut and not net.config.step_length:
         net.add_step_length()

@@ -32,11 +32,15 @@ KINDS = {                                                     # flags, and for e
     "tsd": (["--schedule", "tsd"], {32: 1e-4, 128: 3e-5, 512: 1e-5}),
     "pd": (["--schedule", "pd"], {32: 3e-4, 128: 1e-4, 256: 1e-4, 512: 3e-5}),
 }
-METHODS = {f"{kind}, P = {p}": ([*flags, "--updates", str(p), "--batch", "16"], lr)
-           for kind, (flags, rates) in KINDS.items() for p, lr in rates.items()}
+def of_updates(kind, p):
+    """The flags of so many updates of one of KINDS."""
+    return [*KINDS[kind][0], "--updates", str(p), "--batch", "16"]
+
+METHODS = {f"{kind}, P = {p}": (of_updates(kind, p), lr)
+           for kind, (_, rates) in KINDS.items() for p, lr in rates.items()}
 # The runs of one method that ORDERS are compared with, at other rates too: rate does more than the order may.
-METHODS |= {f"{kind} at {lr}, P = {p}": (["--schedule", kind, "--updates", p, "--batch", "16", "--lr", lr], None)
-            for kind, p, lr in (("pd", "256", "3e-4"), ("dsdi", "320", "3e-6"))}
+METHODS |= {f"{kind} at {lr}, P = {p}": ([*of_updates(kind, p), "--lr", lr], None)
+            for kind, p, lr in (("pd", 256, "3e-4"), ("dsdi", 320, "3e-6"))}
 
 # Of about one cost with 256 updates of PD and 320 of DSD: 8 of PD take as long as 9 to 10 of DSD (docs/results.md).
 ORDERS = {

@@ -36,8 +36,8 @@ METHODS = {                                                   # flags, and the r
     "shortcut-w2": (["--schedule", "shortcut", "--guidance", "2", "2"], None),
 }
 TRAINED = {f"trained-w{w}": [*JUMPS, "--guidance", str(w)] for w in (1, 2)}
-BAKED = {"shortcut-w1": 1.0, "shortcut-w2": 2.0, "trained-w1": 1.0, "trained-w2": 2.0}      # guidance that is built in
-GUIDANCE = 1.0, 2.0                                           # the others are sampled with each of these
+GUIDANCE = 1.0, 2.0                                           # built into some, while the others are sampled with each
+BAKED = {f"{kind}-w{w:g}": w for kind in ("shortcut", "trained") for w in GUIDANCE}
 CLASSIFIER = dict(updates=1500, batch=64, unseen=2000)
 
 # The claim, and two rows of which the first should have the higher accuracy, at their lowest guidance.

@@ -106,14 +106,14 @@ def finals(args):
 def make(table):
     """All figures that are missing, and the picture."""
     scoring, looks = table.args.n * sum(STEPS), table.args.n * len(STEPS) * bool(table.args.weights)
-    undistilled = source_of(table.args) + UNDISTILLED
+    undistilled, asked = source_of(table.args) + UNDISTILLED, finals(table.args)
     costs = {undistilled: ((), scoring, looks)} | {
-        figure: ((name,), scoring, looks) for figure, (name, *_) in finals(table.args).items()}
+        figure: ((name,), scoring, looks) for figure, (name, *_) in asked.items()}
     def of_run(rates, name, way, seed):
         lr, batch = rates[name if way == OWN else "tsd"], distill.parse_args(METHODS[name][0]).batch
         ckpt = table.run(name, lr, seed)
         return scored(table, ckpt, lr=lr, seconds=round(seconds(ckpt.parent, batch)))
-    table.gather(finals(table.args), costs, (undistilled, lambda: scored(table, table.base)), of_run)
+    table.gather(asked, costs, (undistilled, lambda: scored(table, table.base)), of_run)
     table.draw(METHODS, f", {OWN}", "--steps", *map(str, STEPS), "-n", "2")
 
 def page(table):
