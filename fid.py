@@ -210,7 +210,7 @@ def evaluate(args, path, features, device):
     def kept(steps):
         """The file of a score."""
         key = dict(model, version=VERSION, steps=steps, n=args.n, seed=args.seed, guidance=sampler.guidance,
-                   features=features.id, reference=images.folder.name,          # not the path: it may have moved
+                   features=features.id, reference=images.hash,               # not their path or date
                    neighbours=NEIGHBOURS)
         key |= dict(real=count) if count else {}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

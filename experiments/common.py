@@ -34,9 +34,11 @@ from rundir import read_log
 from runtime import autocast, log_stderr, pick_device, pick_dtype, progress
 from sample import Sampler
 from scores import NOISES
+from source import reads_data
 
 STEPS = 1, 2, 4, 8, 16, 64
 UNDISTILLED = "undistilled, seed 0"                          # the figure that every table has
+DATA = "DATA"             # in the flags of a method: the --data of the experiment
 LOOK = 1 / 6              # seconds that a thread of an old CPU needs for Inception's features of an image
 
 # ---- runs -----------------------------------------------------------------------------------------------
@@ -60,9 +62,9 @@ def evaluations(args):
     """How many images a run of distill.py with these settings puts through networks, with a gradient or without.
 
     With shortcut a row that jumps takes two more, any other the anchor's one; its own samples count."""
-    method = METHODS[args.schedule]
+    method, own = METHODS[args.schedule], METHODS[args.schedule].shortcut and not reads_data(args)
     extra = 1 + args.share if method.shortcut else 2 if method.teacher else 1
-    return round(args.updates * args.batch * (1 + extra)) + (args.pool * args.steps if method.shortcut else 0)
+    return round(args.updates * args.batch * (1 + extra)) + (args.pool * args.steps if own else 0)
 
 def seconds_per_evaluation(args, device):
     """What a network with these settings of train.py needs for an image, without a gradient."""
@@ -226,7 +228,7 @@ class Experiment:
         out, ckpt = self.folder(place), self.base
         for i, (name, lr) in enumerate(stages, 1):
             source, ckpt = ckpt, (out if i == len(stages) else out / f"stage-{i}") / "ckpt.pt"
-            flags = self.methods[name][0]
+            flags = [self.args.data if flag == DATA else flag for flag in self.methods[name][0]]
             reads = self.data if METHODS[distill.parse_args(flags).schedule].data else []
             to_the_end(distill.main, ckpt.parent, [
                 *flags, *reads, "--lr", str(lr), "--ckpt", str(source), "--seed", str(seed), "--no-guard", "--device",

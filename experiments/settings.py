@@ -53,14 +53,18 @@ SETTINGS = {                                                  # flags beside HAL
 }
 METHODS = {name: ([*HALF, *flags], None) for name, flags in SETTINGS.items()}      # no search: at their rates
 
+PLAIN = "plain training"
 FACES = "faces, 16x16"                                        # of `figure3.SETS`
 TRAINING = {                                                  # flags, and arguments of `train_shortcut`
     "the defaults": ([], {}),
+    PLAIN: ([], {}),
     "a quarter of the rows jump: `--distill 0.125`": (["--distill", "0.125"], {}),
     "jumps weigh as much as data": ([], dict(weight=1.0)),
+    "jumps weigh ten times as much": ([], dict(weight=10.0)),
     "a quarter of the rows, but from the first update on": ([], dict(start=0.0)),
     "and weigh as much as data": ([], dict(start=0.0, weight=1.0)),
     "targets of a slower average: `--target-ema 0.99`": (["--target-ema", "0.99"], {}),
+    "a rate that stays": (["--lr-end", "2e-3"], {}),
 }
 
 LAB = {                                                       # of `lab.in_the_lab`, and levels: the number of lengths
@@ -107,7 +111,8 @@ def trained(args, name, seed):
     """The checkpoint of a training of TRAINING, made or gone on with."""
     flags, changed = TRAINING[name]
     out = ROOT / args.runs / file_name(f"training-{name}-{seed}")
-    flags = [*figure3.flags_of(args, FACES, "shortcut"), *flags, "--seed", str(seed), "--device", args.device]
+    flags = [*figure3.flags_of(args, FACES, "plain" if name == PLAIN else "shortcut"), *flags, "--seed", str(seed),
+             "--device", args.device]
     with mock.patch("train.train_shortcut", partial(shortcut.train_shortcut, **changed)):
         to_the_end(train.main, out, flags)
     return out / "ckpt.pt"

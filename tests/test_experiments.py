@@ -54,7 +54,8 @@ def cells(page, start):
     return re.search(rf"^\| {re.escape(start)} \| (.*) \|$", page, re.M)[1].split(" | ")
 
 def test_table2(place, tmp_path, monkeypatch, capsys):
-    methods = {name: (["--schedule", name, "--updates", "3", *P], 1e-3) for name in ("tsd", "dsdi")}
+    methods = {"tsd": (["--schedule", "tsd", "--updates", "3", *P], 1e-3),
+               "dsdi": (["--schedule", "dsdi", "--updates", "3", *P], None)}     # no search: at the default rate
     for name, value in (("BASE", BASE), ("SIZES", {32: ["--size", "8"]}), ("METHODS", methods), ("STEPS", (1, 2))):
         monkeypatch.setattr(table2, name, value)
     table2.main([*place, "--methods", "dsdi"])                # a first sitting: the picture has what is there
@@ -65,6 +66,7 @@ def test_table2(place, tmp_path, monkeypatch, capsys):
     tried = {lr: figures[f"rate of tsd: {lr:g}"] for lr in common.Experiment.GRID if f"rate of tsd: {lr:g}" in figures}
     best = max(tried, key=tried.get)
     assert best == figures["tsd, own rate, seed 0"]["lr"] == figures["dsdi, TSD's rate, seed 1"]["lr"]
+    assert figures["dsdi, own rate, seed 1"]["lr"] == 3e-6 != best
     for metric in ("quick score", "precision", "recall", "contrast"):
         assert f"**{metric}** at N steps" in page
     at_two = [figures[f"dsdi, own rate, seed {seed}"]["scores"]["2"]["quick score"] for seed in (0, 1)]
@@ -162,7 +164,7 @@ def test_settings_of_training(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figure3, "SETS", {settings.FACES: (BASE, 4)})
     monkeypatch.setattr(settings, "STEPS", (1, 2))
     settings.main([*place, "--training"])
-    assert "12 runs and scores to make" in capsys.readouterr().err
+    assert f"{2 * len(settings.TRAINING)} runs and scores to make" in capsys.readouterr().err
     figures = json.loads((tmp_path / "settings-training.json").read_text())
     page = (tmp_path / "settings-training.md").read_text()
     assert len({json.dumps(figures[f"{name}, seed 1"]) for name in settings.TRAINING}) == len(settings.TRAINING)

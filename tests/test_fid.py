@@ -552,6 +552,12 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, tiny, model, monkeypatch):
     assert len(drawn) == 7
     fid.main([*model, "--seed", "1", "--steps", "2"])           # another seed is another score
     assert len(drawn) == 10
+    (tmp_path / "data").rename(tmp_path / "moved")              # the same images elsewhere are not
+    fid.main([*model, "--data", str(tmp_path / "moved")])
+    assert len(drawn) == 10
+    (tmp_path / "moved" / "000.png").rename(tmp_path / "000.png")
+    fid.main([*model, "--data", str(tmp_path / "moved"), "--steps", "2"])
+    assert len(drawn) == 13
 
 def test_several_models_make_a_table(tmp_path, tiny, model):
     (tmp_path / "other").mkdir()
