@@ -234,6 +234,8 @@ def test_training_learns_to_jump_and_goes_on(small_run, tmp_path, monkeypatch):
     def stops(*args, **kw):
         calls.append(len(args[7]))
         labels.append(args[6])
+        t, d, jumps, rest = (args[i] for i in (4, 5, 7, 8))
+        assert not d[rest].any() and torch.equal(t[jumps] / d[jumps], (t[jumps] / d[jumps]).round())
         if len(calls) == 8:
             raise RuntimeError("power cut")
         return real(*args, **kw)
