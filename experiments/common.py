@@ -205,9 +205,10 @@ class Experiment:
     def base(self):
         """The checkpoint of the base model, which is trained now if need be."""
         ckpt, known = Path(self.args.ckpt or self.runs / "undistilled" / "ckpt.pt"), self.figures.values.get("base")
-        if not self.args.ckpt and (not known or ckpt.exists()):
-            to_the_end(train.main, ckpt.parent, [*self.base_flags, "--device", self.args.device])
         digest = file_hash(ckpt) if ckpt.exists() else None   # None: of a model that is not here
+        if not self.args.ckpt and (not known or digest not in (None, known)):    # or it is the one that is known
+            to_the_end(train.main, ckpt.parent, [*self.base_flags, "--device", self.args.device])
+            digest = file_hash(ckpt)
         if known not in (None, digest):
             sys.exit(f"error: {self.figures.path} has figures of another base model than {ckpt}: give that one as "
                      f"--ckpt, or choose another --out")
