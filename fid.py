@@ -112,16 +112,18 @@ def open_side(path, size=None, crop=None, batch=64, cache=None):
     return Side(lambda features: statistics_of_batches(batches(), n, features, about, path.name),
                 f"{shape[1]}x{shape[0]}", exact)
 
+def reference_name(images, count=None):
+    """What tables call a packed data set, or the first `count` of it."""
+    return f"the {len(images):,} in {images.folder.name}" if count else images.folder.name
+
 def packed_statistics(images, features, batch=64, count=None):
     """Statistics of a packed data set (data.Images), kept beside it: the reference is computed once. On rank 0.
 
     count   how many images, the first of an order that is always the same; None: all"""
-    source, path = images.folder.name, reference_path(images, features, count)
+    source, path = reference_name(images, count), reference_path(images, features, count)
     if broadcast(path.exists()):
         return None if rank() else Statistics.load(path)
-    order = range(len(images))
-    if count:
-        order, source = np.random.default_rng(0).permutation(len(images))[:count], f"the {len(images):,} in {source}"
+    order = np.random.default_rng(0).permutation(len(images))[:count] if count else range(len(images))
     about = dict(source=source, prepared=images.preparation + ", greyscale" * (images.channels == 1))
     stats = statistics_of_batches(own_batches(map(images.image, order), batch), len(order), features, about,
                                   f"reference, {source}")
@@ -239,7 +241,7 @@ def evaluate(args, path, features, device):
                     tmp.write_text(json.dumps(result, indent=1))
             except SystemExit as e:
                 log_stderr(f"warning: this score is not kept: {e}")
-        result["fake"]["checkpoint"] = str(path)
+        result["fake"]["checkpoint"], result["real"]["source"] = str(path), reference_name(images, count)    # as of now
         results.append(result)
     return results
 

@@ -38,7 +38,7 @@ from source import reads_data
 
 STEPS = 1, 2, 4, 8, 16, 64
 UNDISTILLED = "undistilled, seed 0"                          # the figure that every table has
-DATA = "DATA"             # in the flags of a method: the --data of the experiment
+DATA = "DATA"             # in the flags of a method that is to learn from the --data of the experiment
 LOOK = 1 / 6              # seconds that a thread of an old CPU needs for Inception's features of an image
 
 # ---- runs -----------------------------------------------------------------------------------------------
@@ -61,10 +61,11 @@ def seconds(out, batch):
 def evaluations(args):
     """How many images a run of distill.py with these settings puts through networks, with a gradient or without.
 
-    With shortcut a row that jumps takes two more, any other the anchor's one; its own samples count."""
-    method, own = METHODS[args.schedule], METHODS[args.schedule].shortcut and not reads_data(args)
+    With shortcut a row that jumps takes two more, any other the anchor's one; its own samples, if any, count."""
+    method = METHODS[args.schedule]
+    own = args.pool * args.steps if method.shortcut and not reads_data(args) else 0
     extra = 1 + args.share if method.shortcut else 2 if method.teacher else 1
-    return round(args.updates * args.batch * (1 + extra)) + (args.pool * args.steps if own else 0)
+    return round(args.updates * args.batch * (1 + extra)) + own
 
 def seconds_per_evaluation(args, device):
     """What a network with these settings of train.py needs for an image, without a gradient."""
@@ -205,10 +206,9 @@ class Experiment:
     def base(self):
         """The checkpoint of the base model, which is trained now if need be."""
         ckpt, known = Path(self.args.ckpt or self.runs / "undistilled" / "ckpt.pt"), self.figures.values.get("base")
-        digest = file_hash(ckpt) if ckpt.exists() else None   # None: of a model that is not here
-        if not self.args.ckpt and (not known or digest not in (None, known)):    # or it is the one that is known
+        if not (self.args.ckpt or known):                     # one that is known was trained to its end
             to_the_end(train.main, ckpt.parent, [*self.base_flags, "--device", self.args.device])
-            digest = file_hash(ckpt)
+        digest = file_hash(ckpt) if ckpt.exists() else None   # None: it is not here
         if known not in (None, digest):
             sys.exit(f"error: {self.figures.path} has figures of another base model than {ckpt}: give that one as "
                      f"--ckpt, or choose another --out")
@@ -229,11 +229,12 @@ class Experiment:
         out, ckpt = self.folder(place), self.base
         for i, (name, lr) in enumerate(stages, 1):
             source, ckpt = ckpt, (out if i == len(stages) else out / f"stage-{i}") / "ckpt.pt"
-            flags = [self.args.data if flag == DATA else flag for flag in self.methods[name][0]]
-            reads = self.data if METHODS[distill.parse_args(flags).schedule].data else []
+            flags = self.methods[name][0]
+            args = distill.parse_args(flags)
+            reads = self.data if reads_data(args) else []     # after DATA, whose place it takes
             to_the_end(distill.main, ckpt.parent, [
                 *flags, *reads, "--lr", str(lr), "--ckpt", str(source), "--seed", str(seed), "--no-guard", "--device",
-                self.args.device, "--log-every", str(distill.parse_args(flags).updates)])     # one look, at its end
+                self.args.device, "--log-every", str(args.updates)])                          # one look, at its end
         return ckpt
 
     @staticmethod

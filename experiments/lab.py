@@ -175,7 +175,7 @@ def all_models(mixture, seed):
     models["dsdgl, P = 128"] = in_the_lab(net, mixture, seed=seed, **FEW)
     models["dsdgl, P = 128, from 20 steps"] = in_the_lab(net, mixture, seed=seed, steps=20, **FEW)
     return models | {"trained with --shortcut": trained_to_jump(mixture, seed=seed),
-                     "the same, 10 x the updates": trained_to_jump(mixture, 30_000, seed=seed)}
+                     "trained with --shortcut, 10 x the updates": trained_to_jump(mixture, 30_000, seed=seed)}
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,13 +1,14 @@
 """Which settings of jumps matter: one changed at a time, on faces of 16x16, in fine-tuning or in training.
 
     python experiments/settings.py --data celeba-10k.zip               # fine-tuning: 8 hours on an old core
-    python experiments/settings.py --data celeba-10k.zip --training    # `train.py --shortcut`: 6 hours
+    python experiments/settings.py --data celeba-10k.zip --training    # `train.py --shortcut`: 9 hours
     python experiments/settings.py --lab                               # in lab.py's plane: ten minutes
     python experiments/settings.py --seeds                             # only the page, of what the JSON has
 
 Fine-tuning has half as many updates as the default, on a model like that of table2.py --size 16; its last row asks
-whether many updates and a high rate spoil it. Training is figure3.py's. Writes settings.md, settings-training.md or
-settings-lab.md, and .json, to out/table2-16 (--out docs: the pages of the docs). What the JSON has is not made again.
+whether many updates and a high rate spoil it. Training is figure3.py's, beside plain training. Writes settings.md,
+settings-training.md or settings-lab.md, and .json, to out/table2-16 (--out docs: the pages of the docs). What the JSON
+has is not made again.
 """
 
 from functools import partial
@@ -55,16 +56,16 @@ METHODS = {name: ([*HALF, *flags], None) for name, flags in SETTINGS.items()}   
 
 PLAIN = "plain training"
 FACES = "faces, 16x16"                                        # of `figure3.SETS`
-TRAINING = {                                                  # flags, and arguments of `train_shortcut`
+TRAINING = {                                                  # flags, and arguments of `train_shortcut`, if it jumps
     "the defaults": ([], {}),
     PLAIN: ([], {}),
     "a quarter of the rows jump: `--distill 0.125`": (["--distill", "0.125"], {}),
     "jumps weigh as much as data": ([], dict(weight=1.0)),
-    "jumps weigh ten times as much": ([], dict(weight=10.0)),
+    "jumps weigh ten times as much as data": ([], dict(weight=10.0)),
     "a quarter of the rows, but from the first update on": ([], dict(start=0.0)),
     "and weigh as much as data": ([], dict(start=0.0, weight=1.0)),
     "targets of a slower average: `--target-ema 0.99`": (["--target-ema", "0.99"], {}),
-    "a rate that stays": (["--lr-end", "2e-3"], {}),
+    "a rate that stays: `--lr-end 2e-3`": (["--lr-end", "2e-3"], {}),
 }
 
 LAB = {                                                       # of `lab.in_the_lab`, and levels: the number of lengths
@@ -129,8 +130,8 @@ def training(args):
         figures.made(f"{name}, seed {seed}", of_run, name, seed)
     found = {name: runs for name in TRAINING if (runs := figures.of_seeds(name))}
     lines = [f"`python experiments/settings.py --data … --training`: {figures}; [on what]({ABOUT[16]}). Quick score at "
-             f"N steps of `train.py --distill 0.25 --shortcut` with one setting changed: mean of seeds of training ± "
-             f"half their range, and contrast.", "",
+             f"N steps of `train.py --distill 0.25 --shortcut` with one setting changed, and of plain training for the "
+             f"same time: mean of seeds of training ± half their range, and contrast.", "",
              heading("setting", "seeds", *STEPS)]
     return "\n".join([*lines, *(row(name, [seeds_of(figures, name), *pairs(runs)]) for name, runs in found.items())])
 

@@ -74,6 +74,9 @@ def test_table2(place, tmp_path, monkeypatch, capsys):
     assert found[1] == "2" and found[-1].startswith(f"{sum(at_two) / 2:.3g} ± ")
     assert found[3] == common.least_to_most([figures[f"dsdi, own rate, seed {seed}"]["seconds"] for seed in (0, 1)])
     assert [common.least_to_most(v) for v in ([1200, 3], [5, 5], [])] == ["3 to 1,200", "5", ""]
+    (tmp_path / "table2.png").unlink()
+    table2.main(place)                                        # no run is opened again, the base model's neither
+    assert (tmp_path / "table2.png").exists()
     with pytest.raises(SystemExit, match="has other figures"):           # other samples do not go into the same file
         table2.main([*place, "--seeds", "-n", "9"])
     with pytest.raises(SystemExit, match="figures of another base model"):     # none is trained first: that would fail
@@ -84,7 +87,8 @@ def test_table2(place, tmp_path, monkeypatch, capsys):
         table2.main([*place, "--ckpt", small, "--out", str(tmp_path / "other")])
 
 def test_table2_by_fid(place, tmp_path, monkeypatch, capsys):
-    methods = {"dsdi": (["--schedule", "dsdi", "--updates", "3", *P], None)}     # no search: at the default rate
+    methods = {"dsdi": (["--schedule", "dsdi", "--updates", "3", *P], None),     # no search: at the default rate
+               "shortcut-data": (["--schedule", "shortcut", "--data", common.DATA, "--updates", "40", *P], None)}
     for name, value in (("BASE", BASE), ("SIZES", {32: ["--size", "8"]}), ("METHODS", methods), ("STEPS", (1, 2)),
                         ("PAPERS", ())):
         monkeypatch.setattr(table2, name, value)
@@ -95,7 +99,13 @@ def test_table2_by_fid(place, tmp_path, monkeypatch, capsys):
     assert figures["random: dsdi, own rate, seed 0"]["lr"] == 3e-6
     assert not any(name.startswith("rate of") for name in figures)
     assert all(f"**{metric}** at N steps" in page for metric in ("rFID", "rprecision", "rrecall", "contrast"))
-    assert len(made) == 3 and runs() == made                  # scored once more, not made anew
+    assert len(made) == 5 and runs() == made                  # scored once more, not made anew
+    (of_data,) = tmp_path.rglob("0.0005-seed0/shortcut-data/ckpt.pt")
+    assert load_checkpoint(of_data)["args"]["data"] == place[1] and not [*of_data.parent.glob("pool-*")]
+    assert cells(page, "shortcut-data, own rate")[2] == "0.4"            # 40 x 4 x 2.5 evaluations, no own samples
+    with pytest.raises(SystemExit):
+        table2.main(place[2:])
+    assert "shortcut-data learns from images" in capsys.readouterr().err
     assert page.index("**quick score**") < page.index("By `fid.py --weights random`") < page.index("**rFID**")
 
 def test_classes(place, tmp_path, monkeypatch, capsys):

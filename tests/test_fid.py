@@ -555,7 +555,9 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, tiny, model, monkeypatch):
     (tmp_path / "data").rename(tmp_path / "moved")              # the same images elsewhere are not
     fid.main([*model, "--data", str(tmp_path / "moved")])
     assert len(drawn) == 10
-    (tmp_path / "moved" / "000.png").rename(tmp_path / "000.png")
+    (results,) = json.loads((tmp_path / "scores" / "table.json").read_text()).values()
+    assert all(r["real"]["source"].startswith("moved-8") for r in results)
+    Image.fromarray(pictures(1, seed=1)[0]).save(tmp_path / "moved" / "000.png")      # as many, but another
     fid.main([*model, "--data", str(tmp_path / "moved"), "--steps", "2"])
     assert len(drawn) == 13
 

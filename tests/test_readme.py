@@ -80,7 +80,8 @@ def test_the_file_map_names_every_file_and_no_other():
 def test_what_the_pages_name_in_a_file_is_there():
     """`file.py`: `name`, `other` in a table means that the file defines them; so does the README's map of files."""
     named = re.findall(r"^\| `(\w+\.py)` \|[^|]*\|([^|]*)\|$", README, re.M)
-    assert sum("`" in names for _, names in named) > 6
+    rows = re.findall(r"^\| `(\w+\.py)` \|", README, re.M)
+    assert [file for file, _ in named] == rows and sum("`" in names for _, names in named) > 6
     for page in PAGES:
         named += re.findall(r"`(\w+\.py)`: ([^|;]*)", page.read_text())
     for file, names in named:

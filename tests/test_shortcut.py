@@ -232,10 +232,11 @@ def test_training_learns_to_jump_and_goes_on(small_run, tmp_path, monkeypatch):
         assert_close(e["loss"], e["v"] + 3 * e["jump"], rtol=1e-4, atol=0)    # with three times the weight
     real, calls, labels = shortcut.shortcut_loss, [], []
     def stops(*args, **kw):
-        calls.append(len(args[7]))
-        labels.append(args[6])
-        t, d, jumps, rest = (args[i] for i in (4, 5, 7, 8))
-        assert not d[rest].any() and torch.equal(t[jumps] / d[jumps], (t[jumps] / d[jumps]).round())
+        t, d, y, jumps, rest = args[4:9]
+        calls.append(len(jumps))
+        labels.append(y)
+        assert d[jumps].all() and not d[rest].any()
+        assert torch.equal(t[jumps] / d[jumps], (t[jumps] / d[jumps]).round())    # t is a multiple of d
         if len(calls) == 8:
             raise RuntimeError("power cut")
         return real(*args, **kw)
