@@ -15,7 +15,7 @@ denoiser. A share of the rows of each batch learns to jump, the others learn fro
 It is Equation 1 with another second term. In training, over the whole run a share b of the rows jumps: none in the
 first half of the updates, when there is nothing yet to jump to, and 2b in the second, with three times the weight. N
 steps are sampled with d = 1/N, or with two lengths (ddim.jump_times). In fine-tuning the rows that do not jump learn
-from the undistilled model, whose targets have no noise.
+from the undistilled model, whose targets have no noise, as in F2D2 (Ai et al. 2025).
 
 Relatives: shortcut models (Frans et al. 2024), whose loss this is, but for the schedule and the real d; TRACT
 (Berthelot et al. 2023): this x'' with an average as the teacher, and no d; flow-map self-distillation (Boffi et al.
