@@ -40,6 +40,10 @@ def to_v(xhat, out, z, a, s):
     """v = (α z − x) / σ of the clean image x that an output of the Denoiser x̂'s network stands for."""
     return out if xhat.kind == "v" else (a * z - to_x(xhat.kind, out, z, a, s)) / s
 
+def squared_error(v, target, s):
+    """‖v' − v''‖² of each pixel (B, C, H, W), before its mean; σ² times as much is that of x' and x''."""
+    return (v - target).square()
+
 def shortcut_loss(xhat, average, x, eps, t, d, y, jumps, rest, anchor=None, w=1.0, weight=1.0):
     """The loss of a batch of which some rows jump, from one evaluation with gradient.
 
@@ -60,7 +64,7 @@ def shortcut_loss(xhat, average, x, eps, t, d, y, jumps, rest, anchor=None, w=1.
         target[rest] = anchor_target(anchor, *rows(rest))
     if len(jumps):
         target[jumps] = shortcut_target(average, *rows(jumps), d[jumps], w)
-    error = (v - target).square()
+    error = squared_error(v, target, s)
     jumped = error[jumps].sum() / error.numel()
     return error.mean() + (weight - 1) * jumped, {"v": error.mean() - jumped, "jump": jumped}
 

@@ -32,6 +32,7 @@ from common import (
     write,
 )
 from table2 import ABOUT, BASE, SIZES
+from torch.nn.functional import huber_loss
 
 import distill
 import shortcut
@@ -68,7 +69,8 @@ TRAINING = {                                                  # flags, and argum
     "a rate that stays: `--lr-end 2e-3`": (["--lr-end", "2e-3"], {}),
 }
 
-LAB = {                                                       # of `lab.in_the_lab`, and levels: the number of lengths
+# Of `lab.in_the_lab`, and levels: the number of lengths; error: what stands for `shortcut.squared_error`.
+LAB = {
     "those of lab.md": {},
     "a quarter of the rows jump": dict(share=0.25),
     "three quarters": dict(share=0.75),
@@ -81,6 +83,9 @@ LAB = {                                                       # of `lab.in_the_l
     "ten thousand": dict(pool=10_000),
     "lengths from 1 to 1/16": dict(levels=5),
     "from 1 to 1/256": dict(levels=9),
+    "the loss in x instead of v": dict(error=lambda v, target, s: (s * (v - target)).square()),
+    "absolute differences": dict(error=lambda v, target, s: (v - target).abs()),
+    "Huber's loss, linear from 0.03 on": dict(error=lambda v, target, s: huber_loss(v, target, "none", 0.03)),
 }
 
 def make(table):
@@ -135,9 +140,10 @@ def training(args):
              heading("setting", "seeds", *STEPS)]
     return "\n".join([*lines, *(row(name, [seeds_of(figures, name), *pairs(runs)]) for name, runs in found.items())])
 
-def in_the_lab(net, mixture, seed, levels=shortcut.LEVELS, **changed):
+def in_the_lab(net, mixture, seed, levels=shortcut.LEVELS, error=shortcut.squared_error, **changed):
     """`lab.distances` of a network that was fine-tuned with some settings changed."""
-    with mock.patch("shortcut.LEVELS", levels), mock.patch("ddim.SHORTEST", 0.5 ** (levels - 1)):
+    with (mock.patch("shortcut.LEVELS", levels), mock.patch("ddim.SHORTEST", 0.5 ** (levels - 1)),
+          mock.patch("shortcut.squared_error", error)):
         student = lab.in_the_lab(net, mixture, "shortcut", seed=seed, **lab.SETTINGS["shortcut"] | changed)
         return lab.distances(student, mixture)
 
@@ -148,7 +154,7 @@ def laboratory(seeds):
         net = lab.trained(mixture, seed=seed)
         found.setdefault("trained", []).append(lab.distances(net, mixture))
         for name, changed in LAB.items():
-            values = ", ".join(f"{key} {value:g}" for key, value in changed.items())
+            values = ", ".join(f"{key} {value:g}" for key, value in changed.items() if not callable(value))
             found.setdefault(name + (f": {values}" if values else ""), []).append(
                 in_the_lab(net, mixture, seed, **changed))
     return lab.page("`python experiments/settings.py --lab`", found)

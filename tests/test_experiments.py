@@ -191,9 +191,10 @@ def test_settings_of_training(place, tmp_path, monkeypatch, capsys):
 
 def test_settings_in_the_laboratory(tmp_path, monkeypatch):
     monkeypatch.setattr(settings.lab, "trained", lambda mixture, seed: settings.lab.MLP())
-    known = {*vars(settings.distill.parse_args(settings.HALF)), "levels", "pool"}
+    known = {*vars(settings.distill.parse_args(settings.HALF)), "levels", "pool", "error"}
     assert all(changed.keys() <= known for changed in settings.LAB.values())
-    changes = {"as ever": {}, "few": dict(pool=2), "levels": dict(levels=2), "again": dict(levels=7)}
+    changes = {"as ever": {}, "few": dict(pool=2), "levels": dict(levels=2), "again": dict(levels=7),
+               "in x": dict(error=settings.LAB["the loss in x instead of v"]["error"])}
     monkeypatch.setattr(settings, "LAB", changes)
     monkeypatch.setitem(settings.lab.SETTINGS, "shortcut", dict(lr=1e-2, updates=30))
     settings.main(["--lab", "--seeds", "0", "--out", str(tmp_path)])
@@ -201,6 +202,7 @@ def test_settings_in_the_laboratory(tmp_path, monkeypatch):
     ever, few, two, again = (cells(page, name) for name in ("as ever", "few: pool 2", "levels: levels 2",
                                                             "again: levels 7"))
     assert ever == again != two and few not in (ever, two) and len(cells(page, "trained")) == len(settings.lab.STEPS)
+    assert cells(page, "in x") != ever
 
 def test_figure3(place, tmp_path, monkeypatch, capsys):
     sets = dict.fromkeys(("built-in", "faces, 16x16"), (BASE, 4))
