@@ -41,7 +41,7 @@ def to_v(xhat, out, z, a, s):
     return out if xhat.kind == "v" else (a * z - to_x(xhat.kind, out, z, a, s)) / s
 
 def squared_error(v, target, s):
-    """‖v' − v''‖² of each pixel (B, C, H, W), before its mean; σ² times as much is that of x' and x''."""
+    """‖v' − v''‖² of each pixel (B, C, H, W), before its mean. experiments/settings.py tries others, with σ = s."""
     return (v - target).square()
 
 def shortcut_loss(xhat, average, x, eps, t, d, y, jumps, rest, anchor=None, w=1.0, weight=1.0):

@@ -1,6 +1,6 @@
 """Figure 3: does self-distillation help while a model is trained? Scores along the run, and at its end at every N.
 
-    python experiments/figure3.py                                  # built-in pictures; 8 hours on an old core
+    python experiments/figure3.py                                  # built-in pictures; ten hours on an old core
     python experiments/figure3.py --data celeba-10k.zip            # faces of 16x16, for the same page; as long
     python experiments/figure3.py --data celeba-10k.zip --size 32  # of 32x32: four times as long
     python experiments/figure3.py --seeds 1                        # elsewhere: of one seed

@@ -1,6 +1,6 @@
 """The laboratory: self-distillation of a mixture of Gaussians in the plane, where everything is known exactly.
 
-    python experiments/lab.py     # trains, distils with every method; out/lab: lab.md and lab.png; 12 to 20 minutes
+    python experiments/lab.py     # trains, distils with every method; out/lab: lab.md and lab.png; 23 minutes, busy
 
 The ideal denoiser of a mixture is a formula, so is its sampling path; the model is a small MLP. A point is an
 "image" (2, 1, 1), and the code under test is the very code of distill.py and shortcut.py: losses and loops.

@@ -172,8 +172,9 @@ def main(argv=None):
     p.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="M",
                    help="only the runs of these (default: all); the page and the picture have what is there")
     args = p.parse_args(argv)
-    if args.seeds and not args.data and "shortcut-data" in args.methods:
-        p.error("shortcut-data learns from images: give them as --data, or name other --methods")
+    learns = [name for name in args.methods if DATA in METHODS[name][0]]
+    if args.seeds and learns and not args.data:
+        p.error(f"{learns[0]} learns from images: give them as --data, or name other --methods")
     name, args.runs = (end + f"-{args.size}" * (args.size != p.get_default("size")) for end in ("table2", args.runs))
     table = Experiment(name, args, [*BASE, *SIZES[args.size]], {m: METHODS[m] for m in args.methods})
     table.sitting(make, page)
